@@ -1,0 +1,27 @@
+"""irkit: run, see inside and change local language models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from irkit import errors, gguf, tokenizer
+from irkit.errors import IrkitError
+
+if TYPE_CHECKING:
+    from irkit.session import Session
+    from irkit.transformer.sampling import sampling_distribution
+
+__version__ = "0.1.0.dev0"
+__all__ = ["IrkitError", "Session", "__version__", "errors", "gguf", "sampling_distribution", "tokenizer"]
+
+# What needs jax is imported when it is first asked for, so that `import irkit` stays quick.
+_LAZY = {"Session": "irkit.session", "sampling_distribution": "irkit.transformer.sampling"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'irkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,43 @@
+"""A session's KV cache, as the engine keeps it between requests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from irkit.transformer.cache import KVCache
+
+SMALLEST = 512
+"""Positions a cache starts with; it doubles from there, so that few shapes are ever compiled."""
+
+
+class Cache:
+    """The arrays of a KV cache, and the tokens whose keys and values they hold.
+
+    Only the device's thread touches the arrays. `n_ctx` is the most tokens it may ever hold.
+    """
+
+    def __init__(self, n_ctx: int) -> None:
+        self.n_ctx = n_ctx
+        self.arrays: KVCache | None = None
+        self.ids: list[int] = []
+        self.closed = threading.Event()
+        """Set when its session closes: what is still to be computed with it ends."""
+
+    def capacity(self, tokens: int) -> int:
+        """Positions to have room for, if `tokens` must fit: doubled from `SMALLEST`, never past `n_ctx`."""
+        return min(max(SMALLEST, 1 << (tokens - 1).bit_length()), self.n_ctx)
+
+    def keep_prefix_of(self, ids: Sequence[int]) -> int:
+        """Forget what does not begin `ids`, and the last of `ids`, whose logits are wanted; how many stay."""
+        most = min(len(self.ids), len(ids) - 1)
+        same = next((n for n in range(most) if self.ids[n] != ids[n]), most)
+        del self.ids[same:]
+        return same
+
+    def clear(self) -> None:
+        """Forget every token, and free the memory."""
+        self.ids = []
+        self.arrays = None

@@ -1,0 +1,154 @@
+"""Reading texts and making answers, on the device's thread."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from irkit.engine.runtime import chunk
+from irkit.engine.stopping import StopStrings
+from irkit.results import Alternative, FinishReason, Generation, Score, Stats, Token
+
+if TYPE_CHECKING:
+    from irkit.engine.cache import Cache
+    from irkit.engine.runtime import Runtime
+    from irkit.options import GenerateOptions
+    from irkit.tokenizer import Tokenizer
+    from irkit.transformer.cache import KVCache
+
+
+def generate(
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    cache: Cache,
+    ids: list[int],
+    options: GenerateOptions,
+    seed: int,
+    generation: Generation,
+    cancelled: threading.Event,
+    asked: float,
+) -> None:
+    """Make the answer to `ids`, token by token, into `generation`.
+
+    `asked` is when it was asked for, on `time.perf_counter`'s clock; `cancelled` is looked at between
+    steps, and between the chunks of a long prompt.
+    """
+    ready = first = last = time.perf_counter()
+    settings = runtime.settings(options, seed)
+    cached = cache.keep_prefix_of(ids)
+    writer = Writer(tokenizer, options, room=cache.n_ctx - len(ids))
+    new = ids[cached:]
+    while not writer.reason:
+        sampled = None
+        for arrays, part in chunks(runtime, cache, new):
+            if cancelled.is_set() or cache.closed.is_set():
+                writer.reason = "cancelled"
+                break
+            cache.arrays, sampled = runtime.read(arrays, part, len(cache.ids), settings, options.top_logprobs > 0)
+        if options.num_predict == 0:
+            writer.reason = "length"
+        if sampled is None or writer.reason:
+            break
+        token = int(sampled.token[0])
+        text = writer.write(token)
+        last = time.perf_counter()
+        first = last if writer.count == 1 else first
+        top = alternatives(tokenizer, *sampled.top, options.top_logprobs)
+        generation._put(Token(token, text, float(sampled.logprob[0]), top, last - asked))
+        new = [token]
+    stats = Stats(
+        prompt_tokens=len(ids),
+        cached_tokens=cached,
+        tokens=writer.count,
+        load_seconds=ready - asked,
+        prefill_seconds=first - ready,
+        decode_seconds=last - first,
+    )
+    generation._finish(writer.reason or "cancelled", stats, tail=writer.flush())
+
+
+class Writer:
+    """Turns the tokens of an answer into its text, and knows when it ends."""
+
+    def __init__(self, tokenizer: Tokenizer, options: GenerateOptions, room: int) -> None:
+        """`room` is how many tokens the context has left."""
+        self._stream = tokenizer.stream()
+        self._eog_ids = tokenizer.eog_ids
+        self._stops = StopStrings(options.stop)
+        self._limit = options.num_predict if options.num_predict >= 0 else math.inf
+        self._room = room
+        self.count = 0
+        self.reason: FinishReason | None = None
+
+    def write(self, token: int) -> str:
+        """What `token` adds to the text; sets `reason` if it is the last."""
+        self.count += 1
+        text = self._stops.push(self._stream.push(token))
+        if token in self._eog_ids or self._stops.found:
+            self.reason = "stop"
+        elif self.count >= self._limit:
+            self.reason = "length"
+        elif self.count >= self._room:
+            self.reason = "context"
+        return text + self.flush() if self.reason else text
+
+    def flush(self) -> str:
+        """The text still held back, when no token will come to complete it."""
+        return self._stops.push(self._stream.flush()) + self._stops.flush()
+
+
+def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple[KVCache, Sequence[int]]]:
+    """The parts in which to read `ids` into `cache`, each with the arrays, grown to have room for it.
+
+    Whoever takes a part reads it, and leaves the new arrays in `cache.arrays`, before taking the next.
+    """
+    capacity = cache.capacity(len(cache.ids) + len(ids))
+    if cache.arrays is None:
+        cache.arrays = runtime.empty(capacity)
+    elif cache.arrays.capacity < capacity:
+        cache.arrays = runtime.grow(cache.arrays, capacity)
+    done = 0
+    while done < len(ids):
+        part = ids[done : done + chunk(len(ids) - done, cache.arrays.capacity - len(cache.ids))]
+        yield cache.arrays, part
+        cache.ids.extend(part)
+        done += len(part)
+
+
+def score(runtime: Runtime, tokenizer: Tokenizer, cache: Cache, ids: list[int], top: int) -> Score:
+    """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
+    tokens = [Token(ids[0], tokenizer.token(ids[0]), None)]
+    for arrays, part in chunks(runtime, cache, ids[:-1]):
+        start = len(cache.ids)
+        targets = ids[start + 1 : start + 1 + len(part)]
+        cache.arrays, *found = runtime.score(arrays, part, start, targets)
+        logprobs, (top_ids, top_logprobs) = jax.device_get(found)
+        for index, token in enumerate(targets):
+            top_here = alternatives(tokenizer, top_ids[:, index], top_logprobs[:, index], top)
+            tokens.append(Token(token, tokenizer.token(token), float(logprobs[0, index]), top_here))
+    return Score(tuple(tokens))
+
+
+def embed(runtime: Runtime, cache: Cache, ids: list[int], pooling: str) -> np.ndarray:
+    """The mean over `ids`, or the last, of the final normed hidden states: float32 `[d_model]`."""
+    total = np.zeros(runtime.config.d_model, np.float32)
+    last = total
+    for arrays, part in chunks(runtime, cache, ids):
+        cache.arrays, subtotal, last = runtime.pool(arrays, part, len(cache.ids))
+        total = total + np.asarray(subtotal[0])
+        last = np.asarray(last[0])
+    return last if pooling == "last" else total / len(ids)
+
+
+def alternatives(tokenizer: Tokenizer, ids: Any, logprobs: Any, top: int) -> tuple[Alternative, ...]:
+    """The first `top` of the likeliest tokens, from arrays `[1, n]`."""
+    if not top:
+        return ()
+    pairs = zip(np.asarray(ids)[0, :top].tolist(), np.asarray(logprobs)[0, :top].tolist(), strict=True)
+    return tuple(Alternative(token, tokenizer.token(token), logprob) for token, logprob in pairs)

@@ -1,0 +1,228 @@
+"""A model file, opened once and shared by every session that uses it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from irkit import families, gguf, tokenizer
+from irkit.engine.cache import Cache
+from irkit.engine.worker import DEVICE
+from irkit.errors import ContextFullError, ModelFileError, OptionError
+from irkit.options import GenerateOptions, LoadOptions, check_logit_bias
+from irkit.results import Generation, Info, Score
+
+if TYPE_CHECKING:
+    from irkit.engine.runtime import Runtime
+
+_Result = TypeVar("_Result")
+_open: WeakValueDictionary[tuple[Any, ...], Model] = WeakValueDictionary()
+_opening = threading.Lock()
+
+
+def open_model(path: Path, options: LoadOptions) -> Model:
+    """The model in `path`; the same object for the same file and options, as long as somebody holds it.
+
+    Raises:
+        ModelFileError, UnsupportedModelError: the file is damaged or of a kind irkit does not run.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
+    settings = options.precision, options.backend, options.threads
+    key = path.resolve(), status.st_mtime_ns, status.st_size, *settings
+    with _opening:
+        model = _open.get(key)
+        if model is None:
+            model = _open[key] = Model(path, *settings)
+    return model
+
+
+class Model:
+    """A model: its file, tokenizer and template at once; its weights when something is first computed.
+
+    Every method that computes does so on the device's thread, in the order of the calls.
+    """
+
+    def __init__(self, path: Path, precision: str, backend: str | None, threads: int | None) -> None:
+        self.path = path
+        self.precision = precision
+        self.backend = backend
+        self.threads = threads
+        self.file = gguf.open(path)
+        self.config = families.read_config(self.file)
+        self._runtime: Future[Runtime] | None = None
+        self._starting = threading.Lock()
+
+    @cached_property
+    def tokenizer(self) -> tokenizer.Tokenizer:
+        """Made from the file's own vocabulary."""
+        made = tokenizer.from_gguf(self.file)
+        if made.vocab_size != self.config.d_vocab:
+            raise ModelFileError(
+                f"{self.path}: the vocabulary has {made.vocab_size} tokens, the embedding {self.config.d_vocab}"
+            )
+        return made
+
+    @cached_property
+    def template(self) -> tokenizer.ChatTemplate:
+        """The file's chat template, or the plain one where it brings none."""
+        return tokenizer.chat_template(self.tokenizer)
+
+    def new_cache(self, n_ctx: int | None) -> Cache:
+        """An empty KV cache for a session, of the trained context where `n_ctx` is None."""
+        return Cache(n_ctx or self.config.n_ctx)
+
+    def submit(self, job: Callable[[], _Result]) -> Future[_Result]:
+        """Queue `job` behind everything asked of the device so far."""
+        return DEVICE.submit(job)
+
+    def load(self) -> Future[Runtime]:
+        """Start loading the weights, if that has not been done; what computes with them, once it is there."""
+        with self._starting:
+            if self._runtime is None or (self._runtime.done() and self._runtime.exception()):
+                self._runtime = DEVICE.submit(self._load)
+        return self._runtime
+
+    def _load(self) -> Runtime:
+        # Reading starts before jax is imported: numpy and the import keep a core busy each.
+        weights = families.weights(self.file, self.config)
+        with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
+            reading = _map(weights, lambda weight: pool.submit(families.read_weight, self.file, weight))
+            from irkit.engine.runtime import Runtime
+
+            return Runtime(self, reading)
+
+    def generate(self, ids: Sequence[int], options: GenerateOptions, cache: Cache) -> Generation:
+        """An answer to `ids`, which is being made when this returns.
+
+        Raises:
+            ContextFullError: `ids` leave no room in the context.
+            OptionError: there are no ids, or `logit_bias` names a token that does not exist.
+        """
+        if not ids:
+            raise OptionError("the prompt is empty, and the model has no token to begin a text with")
+        if len(ids) >= cache.n_ctx:
+            raise ContextFullError(
+                f"the prompt has {len(ids)} tokens and needs one more; the context holds {cache.n_ctx}"
+            )
+        check_logit_bias(options, self.config.d_vocab)
+        cancelled, asked = threading.Event(), time.perf_counter()
+        generation = Generation(cancelled.set)
+        runtime = self.load()
+        seed = options.seed if options.seed >= 0 else secrets.randbits(63)
+
+        def job() -> None:
+            try:
+                from irkit.engine.generate import generate
+
+                generate(
+                    runtime.result(),
+                    self.tokenizer,
+                    cache,
+                    list(ids),
+                    options,
+                    seed,
+                    generation,
+                    cancelled,
+                    asked,
+                )
+            except BaseException as error:
+                cache.clear()  # what a failed step leaves in it is not to be trusted
+                generation._fail(error)
+
+        DEVICE.submit(job, cancelled)
+        return generation
+
+    def score(self, ids: Sequence[int], top: int, n_ctx: int) -> Score:
+        """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
+        _check_fits(len(ids), n_ctx)
+        runtime = self.load()
+
+        def job() -> Score:
+            from irkit.engine.generate import score
+
+            return score(runtime.result(), self.tokenizer, Cache(n_ctx), list(ids), top)
+
+        return DEVICE.submit(job).result()
+
+    def embed(self, texts: Sequence[Sequence[int]], pooling: str, normalize: bool, n_ctx: int) -> np.ndarray:
+        """One float32 vector a text, `[text, d_model]`."""
+        for ids in texts:
+            _check_fits(len(ids), n_ctx)
+        runtime = self.load()
+
+        def job() -> np.ndarray:
+            from irkit.engine.generate import embed
+
+            return np.stack([embed(runtime.result(), Cache(n_ctx), list(ids), pooling) for ids in texts])
+
+        vectors = DEVICE.submit(job).result() if texts else np.zeros((0, self.config.d_model), np.float32)
+        if normalize:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        return vectors
+
+    def info(self, name: str, n_ctx: int) -> Info:
+        """What the model is, and how it runs here."""
+        from irkit.engine import backends
+
+        meta, config = self.file.metadata, self.config
+        selected = DEVICE.submit(lambda: backends.select(self.backend, self.threads)).result()  # pyright: ignore[reportArgumentType]
+        return Info(
+            model=name,
+            path=str(self.path),
+            architecture=meta.value("general.architecture", str),
+            name=meta.value("general.name", str, ""),
+            parameters=sum(math.prod(tensor.shape) for tensor in self.file.tensors.values()),
+            quantization=_main_format(self.file),
+            size=self.path.stat().st_size,
+            license=meta.value("general.license", str, None),
+            n_layers=config.n_layers,
+            d_model=config.d_model,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            d_head=config.d_head,
+            d_mlp=config.d_mlp,
+            d_vocab=config.d_vocab,
+            n_ctx=n_ctx,
+            n_ctx_train=config.n_ctx,
+            chat_template="tokenizer.chat_template" in meta,
+            precision=self.precision,
+            backend=selected.line,
+        )
+
+
+def _check_fits(tokens: int, n_ctx: int) -> None:
+    if not tokens:
+        raise OptionError("the text is empty, and the model has no token to begin a text with")
+    if tokens > n_ctx:
+        raise ContextFullError(f"the text has {tokens} tokens; the context holds {n_ctx}")
+
+
+def _map(tree: Any, function: Any) -> Any:
+    """`function` of every leaf of nested dicts and lists: jax.tree.map, for where jax is not imported yet."""
+    if isinstance(tree, dict):
+        return {key: _map(value, function) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_map(value, function) for value in tree]
+    return function(tree)
+
+
+def _main_format(file: gguf.File) -> str:
+    """The format that takes the most bytes."""
+    sizes: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        sizes[tensor.format] += tensor.nbytes
+    return sizes.most_common(1)[0][0]

@@ -1,0 +1,116 @@
+"""Compiled programs: each compiled once, kept on disk, and loaded from there without tracing it again.
+
+jax's own compilation cache still traces and lowers a program before it finds it; for 30 unrolled layers
+that takes longer than everything else on the way to a first token. So whole executables are kept, keyed
+on all that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import platform
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jaxlib.version
+from jax.experimental import serialize_executable
+
+from irkit import hub
+
+Program: TypeAlias = Callable[..., Any]
+Device: TypeAlias = Any
+"""`jax.Device`, which type checkers take for a variable."""
+_log = logging.getLogger("irkit")
+
+
+def load_or_compile(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    *,
+    device: Device,
+    donate: int | None = None,
+    **static: Any,
+) -> Program:
+    """`partial(function, **static)`, compiled for `device` and arguments of these shapes.
+
+    Args:
+        function: A pure function of arrays, defined in irkit.
+        arguments: Pytrees of arrays or of `jax.ShapeDtypeStruct`.
+        device: Where it runs.
+        donate: The index of the argument whose buffers the result takes over.
+        static: Keyword arguments fixed when compiling; their repr must tell them apart.
+    """
+    leaves, tree = jax.tree.flatten(arguments)
+    shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+    what = repr((function.__module__, function.__qualname__, static, donate, tree, shapes))
+    path = hub.home() / "programs" / hashlib.sha256((_surroundings(device) + what).encode()).hexdigest()
+    return _load(path, device) or _compile(path, function, arguments, device, donate, static)
+
+
+def _compile(
+    path: Path,
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    device: Device,
+    donate: int | None,
+    static: dict[str, Any],
+) -> Program:
+    # jax-metal and jax-mps do not implement donation, and say so at every call.
+    donated = () if donate is None or device.platform not in ("cpu", "gpu", "cuda") else (donate,)
+    with jax.default_device(device):
+        program = jax.jit(partial(function, **static), donate_argnums=donated).lower(*arguments).compile()
+    try:
+        _write(path, pickle.dumps(serialize_executable.serialize(program)))
+    except Exception as error:  # a backend that cannot serialize, a full disk: only speed is lost
+        _log.debug("program not kept on disk: %s", error)
+    return program
+
+
+def _load(path: Path, device: Device) -> Program | None:
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return None
+    try:
+        return serialize_executable.deserialize_and_load(*pickle.loads(kept), backend=device.client)
+    except Exception as error:  # written by another build of the backend, or damaged: compile it again
+        _log.debug("kept program not usable: %s", error)
+        return None
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@cache
+def _surroundings(device: Device) -> str:
+    """Everything outside a program's own definition that its machine code depends on."""
+    package = Path(__file__).parent.parent
+    sources = sorted(path for part in ("engine", "transformer", "kernels") for path in (package / part).glob("*.py"))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    threads, flags = os.environ.get("NPROC"), os.environ.get("XLA_FLAGS")
+    hardware = (platform.system(), platform.machine(), _cpu_features(), device.platform, device.device_kind)
+    return repr(
+        (code, jax.__version__, jaxlib.version.__version__, device.client.platform_version, hardware, threads, flags)
+    )
+
+
+def _cpu_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,52 @@
+"""Portable kernels: plain jax.numpy, one contraction an einsum, nothing that Apple's backends lack.
+
+Letters: b batch, t query positions, c cache positions, k key/value heads, g query heads of each, h d_head,
+i and o the input and output width of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+# float32 weights are there for exactness: no backend may round them to its fast format on the way.
+_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def linear(x: Float[Array, "b t i"], weight: Float[Array, "o i"]) -> Float[Array, "b t o"]:
+    """`x` times the transposed `weight`: multiplied in the weight's dtype, accumulated in float32."""
+    return _einsum("bti,oi->bto", x.astype(weight.dtype), weight)
+
+
+def attention(
+    q: Float[Array, "b t k*g h"],
+    keys: Float[Array, "b k c h"],
+    values: Float[Array, "b k c h"],
+    positions: Int[Array, "b t"],
+    scale: float,
+    tap: Callable[[str, Array], Array] = lambda name, value: value,
+) -> Float[Array, "b t k*g h"]:
+    """Causal attention of the queries over the cache; neighbouring query heads share a key/value head.
+
+    `positions` are the queries' own: each sees the cache up to and including its position. `tap` is shown
+    the scores and the probabilities, `[b, head, query, key]`, and what it returns is used.
+    """
+    b, t, heads, h = q.shape
+    k, c = keys.shape[1:3]
+    grouped = q.reshape(b, t, k, heads // k, h).astype(keys.dtype)
+    scores = _einsum("btkgh,bkch->bkgtc", grouped, keys)
+    visible = positions[:, None, :, None] >= jnp.arange(c)
+    scores = jnp.where(visible, scores.reshape(b, heads, t, c) * scale, -jnp.inf)
+    scores = tap("attn.hook_attn_scores", scores)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    pattern = tap("attn.hook_pattern", weights / jnp.sum(weights, axis=-1, keepdims=True))
+    grouped_pattern = pattern.reshape(b, k, heads // k, t, c).astype(values.dtype)
+    z = _einsum("bkgtc,bkch->btkgh", grouped_pattern, values)
+    return z.reshape(b, t, heads, h)

@@ -1,0 +1,256 @@
+"""Every option irkit knows: the only place where a type, a default, a bound or a help text is written.
+
+The Python verbs, the command line, the HTTP routes and the notebook controls are read off these models
+(see `irkit.verbs`). Names are Ollama's where Ollama has the option and llama.cpp's otherwise; bounds are
+inclusive. A field's docstring is its help text.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
+
+from irkit.errors import OptionError
+
+Text = Annotated[str | Sequence[int], Field(description="Text, or (from a program) a list of token ids.")]
+Texts = Annotated[str | Sequence[str | Sequence[int]], Field(description="One text or several.")]
+TokenIds = Annotated[Sequence[int], Field(description="Token ids.")]
+Messages = Annotated[
+    str | Sequence[Mapping[str, Any]],
+    Field(description='A conversation: a list of {"role", "content"}, or one user message as text.'),
+]
+Tools = Annotated[
+    Sequence[Mapping[str, Any]] | None,
+    Field(description="Tools the model may call, as JSON schemas, if its chat template has a place for them."),
+]
+System = Annotated[str | None, Field(description="What the model is told before the conversation.")]
+PlainText = Annotated[str, Field(description="Text.")]
+ModelName = Annotated[str | Path, Field(description="The name of a model, or a path to a GGUF file.")]
+
+Precision = Literal["fast", "exact"]
+Backend = Literal["cpu", "metal", "mps", "cuda"]
+
+
+def _as_stop_strings(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _no_empty_stop(value: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in value:
+        raise ValueError("a stop string must not be empty")
+    return value
+
+
+StopStrings = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_as_stop_strings),
+    AfterValidator(_no_empty_stop),
+    Field(max_length=64),
+]
+LogitBias = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-1e4, le=1e4)]]
+
+
+class Options(BaseModel):
+    """What all option models share: frozen, and no name accepted that is not listed."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class SamplingOptions(Options):
+    """How the next token is drawn; the steps apply in the order of the fields, `temperature` last."""
+
+    logit_bias: LogitBias = {}
+    """Added to the logits of these token ids; -100 or so bans a token."""
+    repeat_last_n: int = Field(default=64, ge=-1, le=1 << 20)
+    """How many of the last tokens, the prompt's included, the penalties look at; 0 is none, -1 all."""
+    repeat_penalty: float = Field(default=1.0, ge=0.1, le=10)
+    """Divides positive and multiplies negative logits of tokens seen in that window; 1 is off."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Subtracted from the logit of every token seen in that window."""
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Subtracted once for each time a token was seen in that window."""
+    top_n_sigma: float = Field(default=-1.0, ge=-1, le=100)
+    """Keeps logits within this many standard deviations of the largest; 0 or less is off."""
+    top_k: int = Field(default=40, ge=-1, le=1 << 20)
+    """Keeps the k most likely tokens; 0 or less is off."""
+    typical_p: float = Field(default=1.0, ge=0, le=1)
+    """Keeps the tokens whose surprise is nearest the entropy, up to this total probability; 1 is off."""
+    top_p: float = Field(default=0.9, ge=0, le=1)
+    """Keeps the fewest most likely tokens that reach this total probability; 1 is off."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Drops tokens less likely than this fraction of the likeliest; 0 is off."""
+    xtc_probability: float = Field(default=0.0, ge=0, le=1)
+    """How often XTC drops the top choices (all above its threshold but the least likely); 0 is off."""
+    xtc_threshold: float = Field(default=0.1, ge=0, le=1)
+    """The probability above which XTC counts a token as a top choice; above 0.5 it does nothing."""
+    temperature: float = Field(default=0.8, ge=0, le=10)
+    """Divides the logits before the draw: 0 always takes the likeliest token, 1 the model's own odds."""
+
+
+class GenerateOptions(SamplingOptions):
+    """How one answer is made."""
+
+    num_predict: int = Field(default=-1, ge=-1, le=1 << 24)
+    """The most tokens to make; -1 goes on until the model ends its answer or the context is full."""
+    stop: StopStrings = ()
+    """Strings that end the answer; the text stops before them."""
+    seed: int = Field(default=-1, ge=-1, le=(1 << 63) - 1)
+    """Makes the draws repeatable; -1 takes a new seed each time."""
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    """How many of the likeliest tokens to report beside each token."""
+
+
+class LoadOptions(Options):
+    """How a model is opened."""
+
+    precision: Precision = "fast"
+    """`fast`: the quickest arithmetic the backend has; `exact`: float32 of the dequantized weights."""
+    num_ctx: int | None = Field(default=None, ge=8, le=1 << 22)
+    """The context in tokens; if not given, what the model was trained for."""
+    backend: Backend | None = None
+    """Where to compute; if not given, the best one that works here."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """CPU threads; if not given, the physical cores."""
+
+
+class TokenizeOptions(Options):
+    """How text becomes token ids."""
+
+    add_special: bool = True
+    """Add the tokens the model expects around a text, such as BOS."""
+    parse_special: bool = False
+    """Read control tokens written out in the text, such as <|im_end|>, as what they name."""
+
+
+class DetokenizeOptions(Options):
+    """How token ids become text."""
+
+    skip_special: bool = False
+    """Leave control tokens out."""
+
+
+class ScoreOptions(Options):
+    """How a text is scored."""
+
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    """How many of the likeliest tokens to report at each position."""
+
+
+class EmbedOptions(Options):
+    """How a text becomes one vector."""
+
+    pooling: Literal["mean", "last"] = "mean"
+    """What stands for a text: the mean over its positions, or its last position."""
+    normalize: bool = True
+    """Scale each vector to length 1."""
+
+
+class ServeOptions(Options):
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on."""
+    port: int = Field(default=11434, ge=0, le=65535)
+    """The port to listen on; 0 takes a free one."""
+
+
+_Model = TypeVar("_Model", bound=Options)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def parse(model: type[_Model], given: Mapping[str, Any]) -> _Model:
+    """`model` made from `given`.
+
+    Raises:
+        OptionError: naming each option that is unknown (with the nearest name), of the wrong type or
+            out of bounds.
+    """
+    try:
+        return model(**given)
+    except ValidationError as error:
+        raise OptionError(explain(error, model.model_fields)) from None
+
+
+def check(annotation: Any, name: str, value: Any) -> Any:
+    """`value` as `annotation` describes it.
+
+    Raises:
+        OptionError: naming the argument, if it does not fit.
+    """
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[-1]
+        raise OptionError(_sentence(name, detail)) from None
+
+
+def check_logit_bias(options: SamplingOptions, d_vocab: int) -> None:
+    """Raises OptionError where `logit_bias` names a token that a vocabulary of this size does not have."""
+    for token in options.logit_bias:
+        if token >= d_vocab:
+            raise OptionError(f"option logit_bias: token id {token} is outside the vocabulary of {d_vocab}")
+
+
+def explain(error: ValidationError, known: Iterable[str]) -> str:
+    """One line for a `ValidationError`: each option by name, what is wrong with it, and the nearest name."""
+    known = list(known)
+    parts = []
+    for detail in error.errors(include_url=False)[:5]:
+        name = ".".join(str(part) for part in detail["loc"])[:80] or "options"
+        if detail["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, known, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f"; known are {', '.join(known)}"
+            parts.append(f'unknown option "{name}"{hint}')
+        else:
+            parts.append(_sentence(f'option "{name}"', detail))
+    return "; ".join(parts)
+
+
+def _sentence(what: str, detail: Mapping[str, Any]) -> str:
+    if detail["type"] == "missing":
+        return f"{what} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    shown = repr(detail.get("input"))
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    if message.startswith("Input should "):
+        return f"{what} must {message.removeprefix('Input should ')}, got {shown}"
+    return f"{what}: {message[0].lower()}{message[1:]}, got {shown}"
+
+
+def accepts(model: type[Options]) -> Callable[[_Function], _Function]:
+    """Marks a function that takes `**options: Any` as taking the fields of `model`.
+
+    Only its signature changes (so that Jupyter completes the names, and `irkit.verbs` can read them); the
+    function itself calls `parse(model, options)`.
+    """
+
+    def mark(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        fields = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.get_default(call_default_factory=True),
+                annotation=field.rebuild_annotation(),
+            )
+            for name, field in model.model_fields.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*fixed, *fields])  # pyright: ignore[reportFunctionMemberAccess]
+        function.__options__ = model  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return mark

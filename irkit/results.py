@@ -1,0 +1,304 @@
+"""What the verbs return: plain values, and `Generation`, which streams when iterated and waits when asked."""
+
+import contextlib
+import dataclasses
+import math
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "context", "cancelled"]
+"""Why an answer ended: the model or a stop string ended it; `num_predict` was reached; the context is
+full; somebody cancelled it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could have stood in a place, with its log-probability (natural, of the model's own
+    distribution: before penalties, truncation and temperature)."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of an answer or of a scored text.
+
+    In an answer, `text` is what this token adds to it: empty while bytes of a character, or a possible
+    stop string, are held back; the joined texts of the events are the answer. In a `Score` it is the
+    token's own text.
+    """
+
+    id: int
+    text: str
+    logprob: float | None
+    """Natural logarithm of the model's own probability for it; None where nothing came before."""
+    top: tuple[Alternative, ...] = ()
+    """The likeliest tokens in its place, likeliest first, as many as were asked for."""
+    time: float | None = None
+    """Seconds from the request to this token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts of tokens, and times in seconds, of one answer."""
+
+    prompt_tokens: int = 0
+    """Tokens of the prompt, those found in the cache included."""
+    cached_tokens: int = 0
+    """How many of them were in the cache already, and not computed again."""
+    tokens: int = 0
+    """Tokens made."""
+    load_seconds: float = 0.0
+    """Waiting for the model to be ready."""
+    prefill_seconds: float = 0.0
+    """Computing the prompt, up to the first token."""
+    decode_seconds: float = 0.0
+    """Making the tokens after the first."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, first token excluded; 0 before there is a second token."""
+        return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 and self.decode_seconds else 0.0
+
+
+class Generation:
+    """An answer in the making.
+
+    Iterating, with `for` or `async for`, yields each `Token` as it is made, from the first one on, as
+    often as one likes; `text`, `tokens`, `finish_reason` and `stats` wait for the end. If the computation
+    failed, both raise its error.
+    """
+
+    def __init__(self, cancel: Callable[[], None] = lambda: None) -> None:
+        self._changed = threading.Condition()
+        self._tokens: list[Token] = []
+        self._tail = ""
+        self._reason: FinishReason | None = None
+        self._stats = Stats()
+        self._error: BaseException | None = None
+        self._cancel = cancel
+        self._watchers: set[Callable[[], None]] = set()
+
+    def __iter__(self) -> Iterator[Token]:
+        shown = 0
+        while fresh := self._after(shown):
+            yield from fresh
+            shown += len(fresh)
+
+    def _after(self, index: int) -> list[Token]:
+        """The tokens from `index` on, once there are any; none at the end."""
+        with self._changed:
+            self._wait_until(lambda: len(self._tokens) > index or self.done)
+            fresh = self._tokens[index:]
+        if self._error and not fresh:
+            raise self._error
+        return fresh
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        import asyncio  # not needed, and not quick to import, on the command line
+
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(changed.set)
+
+        shown, done = 0, False
+        with self._changed:
+            self._watchers.add(tell)
+        try:
+            while not done:
+                changed.clear()
+                with self._changed:
+                    fresh, done = self._tokens[shown:], self.done
+                for token in fresh:
+                    yield token
+                shown += len(fresh)
+                if not done:
+                    await changed.wait()
+        finally:
+            with self._changed:
+                self._watchers.discard(tell)
+        if self._error:
+            raise self._error
+
+    def texts(self) -> Iterator[str]:
+        """The answer's text, piece by piece as it is made; no piece is empty."""
+        for token in self:
+            if token.text:
+                yield token.text
+        if self.tail:
+            yield self.tail
+
+    @property
+    def tail(self) -> str:
+        """Text that was held back until the end, when it belonged to no further token: mostly empty."""
+        return self.wait()._tail
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        try:
+            self._changed.wait_for(condition)
+        except KeyboardInterrupt:
+            self.cancel()  # what was made so far stays readable
+            raise
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer has ended, in whatever way."""
+        return self._reason is not None or self._error is not None
+
+    def wait(self) -> "Generation":
+        """This, once the answer has ended.
+
+        Raises:
+            IrkitError: what the computation raised, if it failed.
+        """
+        with self._changed:
+            self._wait_until(lambda: self.done)
+        if self._error:
+            raise self._error
+        return self
+
+    def cancel(self) -> None:
+        """Ends the answer before its next token; the tokens made so far stay."""
+        self._cancel()
+
+    @property
+    def partial_text(self) -> str:
+        """What has been made so far, without waiting."""
+        return "".join(token.text for token in tuple(self._tokens)) + self._tail
+
+    @property
+    def text(self) -> str:
+        """The whole answer."""
+        return self.wait().partial_text
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """Every token event."""
+        return tuple(self.wait()._tokens)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended."""
+        reason = self.wait()._reason
+        assert reason is not None
+        return reason
+
+    @property
+    def stats(self) -> Stats:
+        """Counts and times."""
+        return self.wait()._stats
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        state = self._reason or ("failed" if self._error else "running")
+        return f"<Generation: {len(self._tokens)} tokens, {state}>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.text)
+
+    # The engine's side.
+
+    def _put(self, token: Token) -> None:
+        with self._changed:
+            self._tokens.append(token)
+            self._notify()
+
+    def _finish(self, reason: FinishReason, stats: Stats, tail: str = "") -> None:
+        with self._changed:
+            self._reason, self._stats, self._tail = reason, stats, tail
+            self._notify()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = error
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        for tell in self._watchers:
+            tell()
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The log-probability of each token of a text, given the tokens before it."""
+
+    tokens: tuple[Token, ...]
+
+    @property
+    def total(self) -> float:
+        """Sum of the log-probabilities, in nats."""
+        return sum(token.logprob for token in self.tokens if token.logprob is not None)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of minus the mean log-probability; nan where nothing could be scored."""
+        count = sum(token.logprob is not None for token in self.tokens)
+        return math.exp(-self.total / count) if count else math.nan
+
+    def __str__(self) -> str:
+        rows = [
+            f"{t.logprob:9.4f}  {t.text!r}" if t.logprob is not None else f"{'':9}  {t.text!r}" for t in self.tokens
+        ]
+        return "\n".join([*rows, f"{self.total:9.4f}  total, perplexity {self.perplexity:.3f}"])
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What a model is, and how this session runs it."""
+
+    model: str
+    path: str
+    architecture: str
+    name: str
+    parameters: int
+    quantization: str
+    size: int
+    """Of the file, in bytes."""
+    license: str | None
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    """The context of this session, in tokens."""
+    n_ctx_train: int
+    """The context the model was trained for."""
+    chat_template: bool
+    """Whether the file brings one."""
+    precision: str
+    backend: str
+    """One line: which backend runs, and on what."""
+
+    def __str__(self) -> str:
+        width = max(len(field.name) for field in dataclasses.fields(self))
+        return "\n".join(f"{f.name:{width}}  {getattr(self, f.name)}" for f in dataclasses.fields(self))
+
+
+def as_json(value: Any) -> Any:
+    """`value`, something a verb returned, as what the json module writes."""
+    if isinstance(value, Generation):
+        parts = ("text", "finish_reason", "tokens", "stats")
+        return {part: as_json(getattr(value, part)) for part in parts}
+    if isinstance(value, Score):
+        return {part: as_json(getattr(value, part)) for part in ("tokens", "total", "perplexity")}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value.tolist() if isinstance(value, np.ndarray) else value

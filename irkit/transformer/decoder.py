@@ -1,0 +1,141 @@
+"""The forward pass of the Llama family, from token ids to logits: read it downward.
+
+Letters in shapes: b batch, t positions of this call, v vocabulary, d d_model, H query heads, K key/value
+heads, h d_head, m d_mlp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from irkit.kernels import attention, linear
+from irkit.transformer.cache import KVCache, write, write_tokens
+from irkit.transformer.config import Config
+from irkit.transformer.taps import Taps
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+Params = dict[str, Any]
+"""`embed` [v, d], `unembed` [v, d] or None where tied to `embed`, `ln_final` [d], `inv_freq` [rotary_dim/2],
+and `blocks`, a dict for each layer. Matrices are [out, in]; biases are None where the model has none."""
+
+
+def forward(
+    params: Params,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    cache: KVCache,
+    *,
+    config: Config,
+    spec: Collection[str] = (),
+    last: Int[Array, " b"] | None = None,
+) -> tuple[Float[Array, "b t v"], KVCache, dict[str, Array]]:
+    """Read `tokens` at consecutive `positions`, after what `cache` holds before them.
+
+    Args:
+        params: The weights.
+        tokens: Token ids. Padding at the end of a row does no harm: nothing before it sees it, and what
+            it leaves in the cache is overwritten by the tokens that come to its positions.
+        positions: Where the tokens stand, consecutive in each row; `positions[:, 0] + t` must not pass
+            the cache's capacity.
+        cache: Donate it when jitting: the result holds its successor.
+        config: The model's shape.
+        spec: Full names of the hook points to capture (`irkit.transformer.taps`).
+        last: If given, only the logits at this index of each row are computed, and t is 1 in them.
+
+    Returns:
+        Float32 logits, the cache with these tokens in it, and the captured values by name.
+    """
+    tap = Taps(spec)
+    start = positions[:, 0]
+    rotation = rotary(positions, params["inv_freq"])
+    resid = tap("hook_embed", jnp.take(params["embed"], tokens, axis=0, mode="clip").astype(jnp.float32))
+    keys, values = [], []
+    for index, block in enumerate(params["blocks"]):
+        layer_tap = tap.layer(index)
+        old = cache.keys[index], cache.values[index]
+        resid, new = layer(block, resid, old, positions, rotation, config, layer_tap)
+        keys.append(new[0])
+        values.append(new[1])
+    if last is not None:
+        resid = jnp.concatenate(
+            [lax.dynamic_slice_in_dim(resid[row : row + 1], last[row], 1, axis=1) for row in range(resid.shape[0])]
+        )
+    normed = rms_norm(resid, params["ln_final"], config.eps, tap, "ln_final")
+    unembed = params["unembed"] if params["unembed"] is not None else params["embed"]
+    logits = linear(normed, unembed)
+    return logits, KVCache(keys, values, write_tokens(cache.tokens, tokens, start)), tap.captures
+
+
+def layer(
+    block: Params,
+    resid: Float[Array, "b t d"],
+    cached: tuple[Array, Array],
+    positions: Int[Array, "b t"],
+    rotation: tuple[Array, Array],
+    config: Config,
+    tap: Taps,
+) -> tuple[Float[Array, "b t d"], tuple[Array, Array]]:
+    """One block: attention and MLP, each behind a norm, each added to the residual stream."""
+    resid = tap("hook_resid_pre", resid)
+    normed = rms_norm(resid, block["ln1"], config.eps, tap, "ln1")
+    q = tap("attn.hook_q", heads(affine(normed, block, "q"), config.n_heads))
+    k = tap("attn.hook_k", heads(affine(normed, block, "k"), config.n_kv_heads))
+    v = tap("attn.hook_v", heads(affine(normed, block, "v"), config.n_kv_heads))
+    q = tap("attn.hook_rot_q", rotate(q, *rotation))
+    k = tap("attn.hook_rot_k", rotate(k, *rotation))
+    cached = write(cached[0], k, positions[:, 0]), write(cached[1], v, positions[:, 0])
+    z = tap("attn.hook_z", attention(q, *cached, positions, config.attention_scale, tap))
+    if tap.wants("attn.hook_result"):
+        per_head = block["o"].reshape(config.d_model, config.n_heads, config.d_head)
+        tap("attn.hook_result", jnp.einsum("btHh,dHh->btHd", z, per_head.astype(z.dtype)))
+    attn_out = tap("hook_attn_out", affine(z.reshape(*z.shape[:2], -1), block, "o"))
+    resid = tap("hook_resid_mid", resid + attn_out)
+    normed = rms_norm(resid, block["ln2"], config.eps, tap, "ln2")
+    gate = tap("mlp.hook_pre", affine(normed, block, "gate"))
+    up = tap("mlp.hook_pre_linear", affine(normed, block, "up"))
+    mlp_out = tap("hook_mlp_out", affine(tap("mlp.hook_post", silu(gate) * up), block, "down"))
+    return tap("hook_resid_post", resid + mlp_out), cached
+
+
+def affine(x: Float[Array, "b t i"], block: Params, name: str) -> Float[Array, "b t o"]:
+    """A matrix of the block, with its bias where the model has one."""
+    y = linear(x, block[name])
+    bias = block[f"{name}_bias"]
+    return y if bias is None else y + bias
+
+
+def heads(x: Float[Array, "b t n*h"], count: int) -> Float[Array, "b t n h"]:
+    """The last axis split into heads."""
+    return x.reshape(*x.shape[:2], count, -1)
+
+
+def rms_norm(
+    x: Float[Array, "b t d"], weight: Float[Array, " d"], eps: float, tap: Taps, name: str
+) -> Float[Array, "b t d"]:
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467): x / sqrt(mean(x^2) + eps) * weight."""
+    scale = tap(f"{name}.hook_scale", jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps))
+    return tap(f"{name}.hook_normalized", x / scale) * weight
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x), written out because Apple's older backend has no logistic."""
+    return x / (1.0 + jnp.exp(-x))
+
+
+def rotary(positions: Int[Array, "b t"], inv_freq: Float[Array, " r"]) -> tuple[Array, Array]:
+    """Cosine and sine, `[b, t, 1, r]`, of each position times each frequency (RoPE, arXiv:2104.09864)."""
+    angle = positions[..., None, None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "b t n h"], cos: Array, sin: Array) -> Float[Array, "b t n h"]:
+    """`x` with its first 2r dimensions rotated, dimension i paired with i + r: Hugging Face's convention."""
+    r = cos.shape[-1]
+    first, second, rest = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
