@@ -3,7 +3,7 @@
     pip install -e '.[dev,reference]' && python tests/reference/make_reference.py
 
 `LlamaForCausalLM` in float32 with eager attention, its weights dequantized from the same GGUF file by the
-`gguf` package: nothing of irkit's own arithmetic takes part. Logits are kept for every 64th token of the
+`gguf` package: nothing of irkit's own arithmetic takes part. Logits are kept for every 192nd token of the
 vocabulary, with the logsumexp over all of it; `test_reference.py` compares all of them, live, under the
 `reference` marker.
 """
@@ -26,7 +26,7 @@ PROMPTS = (
     "The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the",
 )
 NEW_TOKENS = 24
-STRIDE = 64
+STRIDE = 192
 HERE = Path(__file__).parent
 
 
