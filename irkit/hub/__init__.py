@@ -1,0 +1,24 @@
+"""Models by name: the registry of those on this machine, and how others get here.
+
+A model is registered in place with `add`, or fetched with `pull`. `resolve` finds the file of a model, and
+`ensure` fetches it first if irkit knows where it is.
+"""
+
+from irkit.hub.catalog import CATALOG
+from irkit.hub.download import Progress
+from irkit.hub.pull import ensure, pull
+from irkit.hub.registry import Manifest, add, find, home, models, remove, resolve
+
+__all__ = [
+    "CATALOG",
+    "Manifest",
+    "Progress",
+    "add",
+    "ensure",
+    "find",
+    "home",
+    "models",
+    "pull",
+    "remove",
+    "resolve",
+]

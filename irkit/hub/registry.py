@@ -1,0 +1,289 @@
+"""The models on this machine: one JSON manifest a model, and the files irkit fetched itself.
+
+Everything lies below `home()`: `manifests/` holds the manifests, `models/` the fetched files. A manifest may
+name a file anywhere; only files in `models/` are ever replaced or deleted. Manifests are written to a
+temporary file and moved into place, and every change holds a lock, so processes may share one registry.
+"""
+
+import difflib
+import hashlib
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_data_path
+from pydantic import AwareDatetime, TypeAdapter, ValidationError
+
+from irkit import gguf
+from irkit.errors import IrkitError, ModelFileError, ModelNotFoundError, OptionError
+from irkit.hub.catalog import CATALOG
+
+# The numbering of general.file_type: llama_ftype in llama.cpp's include/llama.h, the labels as in file names.
+_LABELS = """
+    F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K
+    IQ2_XXS IQ2_XS Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - -
+    TQ1_0 TQ2_0 MXFP4_MOE NVFP4 Q1_0
+"""
+FILE_TYPES = {number: label for number, label in enumerate(_LABELS.split()) if label != "-"}
+# Set beside the number by tools that guessed it (LLAMA_FTYPE_GUESSED).
+_GUESSED = 1024
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(:[a-z0-9][a-z0-9._-]*)?")
+_NAME_LENGTH = 128
+_WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])([.:].*)?")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A registered model; its JSON form is the file `manifests/<name>.json`.
+
+    `size` is in bytes, `parameters` counts the weights of all tensors, `quantization` is the label people use
+    ("Q4_K_M"), `sha256` is hexadecimal, `added_at` is in UTC (RFC 3339 in JSON), and `source` is what the
+    model was pulled as, or None for a file registered in place.
+    """
+
+    name: str
+    path: Path
+    size: int
+    architecture: str
+    parameters: int
+    quantization: str
+    sha256: str
+    added_at: AwareDatetime
+    source: str | None = None
+
+
+_JSON = TypeAdapter(Manifest)
+
+
+def home() -> Path:
+    """The folder of manifests and fetched models: $IRKIT_HOME, or else the platform's place for user data."""
+    given = os.environ.get("IRKIT_HOME")
+    return Path(given).expanduser().absolute() if given else user_data_path("irkit")
+
+
+def models() -> list[Manifest]:
+    """All registered models, sorted by name; a damaged manifest is left out with a warning that names it."""
+    # Path.glob of a folder that is not there yields nothing.
+    found = (_read(path) for path in (home() / "manifests").glob("[!.]*.json"))
+    return sorted((manifest for manifest in found if manifest), key=lambda manifest: manifest.name)
+
+
+def find(name: str) -> Manifest | None:
+    """The model registered as `name` (upper and lower case are the same), or None.
+
+    Raises:
+        OptionError: `name` cannot be a model's name.
+    """
+    return _read(_manifest_path(check_name(name.lower())))
+
+
+def add(path: str | Path, name: str | None = None) -> Manifest:
+    """Registers a GGUF file where it lies, without copying it; `name` is by default the file's, cleaned up.
+
+    Raises:
+        ModelNotFoundError: there is no such file.
+        ModelFileError: the file is no sound GGUF file.
+        OptionError: the name cannot be a model's name, or belongs to another file.
+    """
+    file = _as_path(path)
+    if file is None:
+        raise ModelNotFoundError(f"no file at {str(path)!r}")
+    file = file.resolve()
+    manifest = _describe(file, check_name(clean_name(file.stem) if name is None else name), None, None)
+    with _changing() as folder:
+        holder = find(manifest.name)
+        if holder is not None and holder.path.is_file() and not holder.path.samefile(file):
+            raise OptionError(
+                f"the name {manifest.name} belongs to {holder.path}: give another, or remove that model first"
+            )
+        _write(folder, manifest)
+    return manifest
+
+
+def publish(partial: Path, name: str, sha256: str, source: str) -> Manifest:
+    """Moves a complete, verified file that was fetched as `source` into the registry as `name`.
+
+    Raises:
+        ModelFileError: the file is no sound GGUF file; nothing has been changed.
+        IrkitError: the registry cannot be written.
+    """
+    manifest = replace(_describe(partial, name, sha256, source), path=blob_path(name))
+    with _changing() as folder:
+        os.replace(partial, manifest.path)
+        _write(folder, manifest)
+    return manifest
+
+
+def remove(name: str) -> None:
+    """Takes a model out of the registry, and deletes its file if irkit fetched it and no other model uses it.
+
+    Raises:
+        ModelNotFoundError: no model has this name.
+        OptionError: `name` cannot be a model's name.
+    """
+    path = _manifest_path(check_name(name.lower()))
+    with _changing():
+        if not path.is_file():
+            raise _not_found(name)
+        manifest = _read(path)
+        path.unlink()
+        if manifest is None:
+            return
+        file = manifest.path.resolve()
+        shared = any(other.path.resolve() == file for other in models())
+        if file.is_relative_to((home() / "models").resolve()) and file.is_file() and not shared:
+            file.unlink()
+
+
+def resolve(model: str | Path) -> Path:
+    """The file of a model given as a path or as a registered name; a path goes first.
+
+    Raises:
+        ModelNotFoundError: saying what was looked up, where, and which known names come near.
+        OptionError: `model` can be neither a path nor a name.
+    """
+    file = _as_path(model)
+    if file is not None:
+        return file
+    text = str(model)
+    separators = {"/", "\\", os.sep}
+    if isinstance(model, Path) or not separators.isdisjoint(text) or text.lower().endswith(".gguf"):
+        raise ModelNotFoundError(f"no file at {_shown(text)}")
+    manifest = find(text)
+    if manifest is None:
+        raise _not_found(text)
+    if not manifest.path.is_file():
+        raise ModelNotFoundError(f"{manifest.name} is registered, but its file {manifest.path} is gone")
+    return manifest.path
+
+
+def check_name(name: str) -> str:
+    """`name`, if it can be a model's name: `smollm2`, `org.model-q4_0`, `smollm2:135m`.
+
+    Raises:
+        OptionError: it cannot; the message says what is allowed.
+    """
+    if len(name) > _NAME_LENGTH:
+        raise OptionError(f"a model's name has at most {_NAME_LENGTH} characters: {_shown(name)}")
+    if not _NAME.fullmatch(name):
+        raise OptionError(
+            f"{_shown(name)} cannot be a model's name: a letter or digit, then letters, digits and . _ - are "
+            "allowed, in lower case, and one : before a tag"
+        )
+    if _WINDOWS_RESERVED.fullmatch(name) or name.endswith(".gguf"):
+        raise OptionError(f"{_shown(name)} cannot be a model's name: it would be taken for a file")
+    return name
+
+
+def clean_name(stem: str) -> str:
+    """A model name made from a file's stem: lower case, and `-` for what a name cannot hold."""
+    return re.sub(r"[^a-z0-9._]+", "-", stem.lower()).strip("-._")
+
+
+def blob_path(name: str) -> Path:
+    """Where the file of a model that irkit fetches as `name` lies."""
+    return home() / "models" / f"{_file_name(name)}.gguf"
+
+
+def _manifest_path(name: str) -> Path:
+    return home() / "manifests" / f"{_file_name(name)}.json"
+
+
+def _file_name(name: str) -> str:
+    # Windows keeps ":" for itself; no name holds "@".
+    return name.replace(":", "@")
+
+
+def _as_path(model: str | Path) -> Path | None:
+    text = os.path.expanduser(model)
+    # Unlike Path.is_file, this is merely false for NUL characters and over-long names.
+    return Path(text) if os.path.isfile(text) else None
+
+
+def _read(path: Path) -> Manifest | None:
+    try:
+        manifest = _JSON.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
+        warnings.warn(f"the manifest {path} is damaged and left out: {reason}", stacklevel=1)
+        return None
+    if path.name != _manifest_path(manifest.name).name:
+        warnings.warn(f"the manifest {path} is damaged and left out: it names {manifest.name!r}", stacklevel=1)
+        return None
+    return manifest
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    # The lock is held, so one name does for all; a killed process's leftover is overwritten.
+    temporary = folder / ".new.tmp"
+    with open(temporary, "wb") as file:
+        file.write(_JSON.dump_json(manifest, indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, _manifest_path(manifest.name))
+
+
+@contextmanager
+def _changing() -> Iterator[Path]:
+    """Holds the registry's lock; yields the folder of manifests."""
+    folder = home() / "manifests"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            yield folder
+    except OSError as error:
+        raise IrkitError(f"the registry in {home()} cannot be changed: {error.strerror or error}") from error
+
+
+def _describe(file: Path, name: str, sha256: str | None, source: str | None) -> Manifest:
+    with gguf.open(file) as opened:
+        architecture = opened.metadata.get("general.architecture")
+        if not isinstance(architecture, str):
+            raise ModelFileError(f"{file}: the key general.architecture is missing or no string")
+        file_type = opened.metadata.get("general.file_type")
+        quantization = FILE_TYPES.get(file_type & ~_GUESSED) if isinstance(file_type, int) else None
+        if quantization is None:
+            by_format = Counter[str]()
+            for tensor in opened.tensors.values():
+                by_format[tensor.format] += tensor.nbytes
+            quantization = by_format.most_common(1)[0][0] if by_format else "unknown"
+        return Manifest(
+            name=name,
+            path=file,
+            size=file.stat().st_size,
+            architecture=architecture,
+            parameters=sum(math.prod(tensor.shape) for tensor in opened.tensors.values()),
+            quantization=quantization,
+            sha256=sha256 or _sha256(file),
+            added_at=datetime.now(UTC),
+            source=source,
+        )
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _not_found(name: str) -> ModelNotFoundError:
+    known = {manifest.name for manifest in models()}
+    near = difflib.get_close_matches(name.lower(), sorted(known | CATALOG.keys()), n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return ModelNotFoundError(
+        f"no model {_shown(name)}: no such file in {Path.cwd()}, no such name in {home() / 'manifests'}{hint}"
+    )
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
