@@ -140,7 +140,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget the tokens in the KV cache; the next prompt is computed from its start."""
-        self._cache.clear()
+        self.model.submit(self._cache.clear)
 
     @accepts(GenerateOptions)
     def chat(self, system: System = None, **options: Any) -> None:

@@ -1,9 +1,11 @@
 """Fixtures every test can use: the real default model, fetched by irkit's own code."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import irkit
 from irkit import hub
 
 
@@ -11,3 +13,18 @@ from irkit import hub
 def model_path() -> Path:
     """The default model's file (98 MB), fetched on first use as a user's would be."""
     return hub.ensure("smollm2")
+
+
+@pytest.fixture(scope="session")
+def shared_session(model_path: Path) -> Iterator["irkit.Session"]:
+    """One session of the default model for the whole run."""
+    with irkit.Session(model_path) as session:
+        yield session
+
+
+@pytest.fixture
+def session(shared_session: "irkit.Session") -> "irkit.Session":
+    """The shared session with nothing in its cache."""
+    shared_session.reset()
+    shared_session.model.submit(lambda: None).result()  # it was queued
+    return shared_session

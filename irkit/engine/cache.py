@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 SMALLEST = 512
 """Positions a cache starts with; it doubles from there, so that few shapes are ever compiled."""
+AHEAD = SMALLEST // 2
+"""Tokens before the cache must grow at which the larger programs begin to be compiled."""
 
 
 class Cache:
@@ -27,8 +29,9 @@ class Cache:
         """Set when its session closes: what is still to be computed with it ends."""
 
     def capacity(self, tokens: int) -> int:
-        """Positions to have room for, if `tokens` must fit: doubled from `SMALLEST`, never past `n_ctx`."""
-        return min(max(SMALLEST, 1 << (tokens - 1).bit_length()), self.n_ctx)
+        """Positions it has once `tokens` fit: what it has, or doubled from `SMALLEST`; never past `n_ctx`."""
+        least = max(SMALLEST, 1 << (tokens - 1).bit_length(), self.arrays.capacity if self.arrays else 0)
+        return min(least, self.n_ctx)
 
     def keep_prefix_of(self, ids: Sequence[int]) -> int:
         """Forget what does not begin `ids`, and the last of `ids`, whose logits are wanted; how many stay."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from irkit.engine.cache import AHEAD
 from irkit.engine.runtime import chunk
 from irkit.engine.stopping import StopStrings
 from irkit.results import Alternative, FinishReason, Generation, Score, Stats, Token
@@ -44,13 +45,15 @@ def generate(
     cached = cache.keep_prefix_of(ids)
     writer = Writer(tokenizer, options, room=cache.n_ctx - len(ids))
     new = ids[cached:]
+    top = options.top_logprobs > 0
     while not writer.reason:
-        sampled = None
+        length, sampled = len(cache.ids) + len(new), None
+        runtime.prepare(cache.capacity(length), cache.capacity(length + AHEAD), top)
         for arrays, part in chunks(runtime, cache, new):
             if cancelled.is_set() or cache.closed.is_set():
                 writer.reason = "cancelled"
                 break
-            cache.arrays, sampled = runtime.read(arrays, part, len(cache.ids), settings, options.top_logprobs > 0)
+            cache.arrays, sampled = runtime.read(arrays, part, len(cache.ids), settings, top)
         if options.num_predict == 0:
             writer.reason = "length"
         if sampled is None or writer.reason:
@@ -59,8 +62,8 @@ def generate(
         text = writer.write(token)
         last = time.perf_counter()
         first = last if writer.count == 1 else first
-        top = alternatives(tokenizer, *sampled.top, options.top_logprobs)
-        generation._put(Token(token, text, float(sampled.logprob[0]), top, last - asked))
+        likeliest = alternatives(tokenizer, *sampled.top, options.top_logprobs)
+        generation._put(Token(token, text, float(sampled.logprob[0]), likeliest, last - asked))
         new = [token]
     stats = Stats(
         prompt_tokens=len(ids),

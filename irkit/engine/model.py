@@ -79,7 +79,9 @@ class Model:
     @cached_property
     def template(self) -> tokenizer.ChatTemplate:
         """The file's chat template, or the plain one where it brings none."""
-        return tokenizer.chat_template(self.tokenizer)
+        made = self.tokenizer
+        bos, eos = ("" if token is None else made.token(token) for token in (made.bos_id, made.eos_id))
+        return tokenizer.ChatTemplate(made.chat_template, bos, eos)
 
     def new_cache(self, n_ctx: int | None) -> Cache:
         """An empty KV cache for a session, of the trained context where `n_ctx` is None."""

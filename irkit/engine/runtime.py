@@ -60,11 +60,13 @@ class Runtime:
             lambda weight: self._shape(weight) if weight.is_in(model.file) else None,
             families.weights(model.file, model.config),
         )
-        with ThreadPoolExecutor(2, thread_name_prefix="irkit-compile") as pool:
-            # What nearly every answer begins with: loaded or compiled while the weights are being read.
-            for size in (32, 1):
-                pool.submit(self._reader, size, min(SMALLEST, model.config.n_ctx), False)
-            self.params = jax.tree.map(self._place, reading)
+        self._background = ThreadPoolExecutor(2, thread_name_prefix="irkit-compile")
+        self._prepared: set[tuple[int, int, bool]] = set()
+        # What nearly every answer begins with: loaded or compiled while the weights are being read.
+        capacity = min(SMALLEST, model.config.n_ctx)
+        self._background.submit(self._reader, 32, capacity, False)
+        self.prepare(capacity, capacity, top=False)
+        self.params = jax.tree.map(self._place, reading)
 
     def _shape(self, weight: families.Weight) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(weight.shape, self.dtype if len(weight.shape) == 2 else jnp.float32)
@@ -86,8 +88,20 @@ class Runtime:
 
     def grow(self, cache: KVCache, capacity: int) -> KVCache:
         """The same cache with room for `capacity` tokens."""
-        sizes = cache.capacity, capacity
-        return self._program(kv.grow, sizes, lambda: (self._cache(sizes[0]),), capacity=capacity)(cache)
+        return self._grower(cache.capacity, capacity)(cache)
+
+    def _grower(self, old: int, capacity: int) -> Program:
+        return self._program(kv.grow, (old, capacity), lambda: (self._cache(old),), capacity=capacity)
+
+    def prepare(self, capacity: int, soon: int, top: bool) -> None:
+        """Compile beside what goes on what decoding needs at `capacity`, and when it has grown to `soon`."""
+        if (capacity, soon, top) in self._prepared:
+            return
+        self._prepared.add((capacity, soon, top))
+        self._background.submit(self._reader, 1, capacity, top)
+        if soon != capacity:
+            self._background.submit(self._grower, capacity, soon)
+            self._background.submit(self._reader, 1, soon, top)
 
     def read(
         self, cache: KVCache, ids: Sequence[int], start: int, settings: Settings, top: bool

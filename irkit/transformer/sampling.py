@@ -111,8 +111,9 @@ def on_sorted(function: Callable[[Array, Array], Array], logits: Float[Array, "b
         return function(*lax.top_k(logits, few))
 
     def of_all(logits: Array) -> Array:
-        order = jnp.argsort(-logits, axis=-1, stable=True)
-        return function(jnp.take_along_axis(logits, order, axis=-1), order)
+        ids = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
+        negated, ids = lax.sort((-logits, ids), num_keys=1)
+        return function(-negated, ids)
 
     greedy = (s.temperature <= 0) & (s.typical_p >= 1) & (s.xtc_probability <= 0)
     return lax.cond(jnp.all(greedy | ((s.top_k > 0) & (s.top_k <= few))), of_few, of_all, logits)

@@ -9,7 +9,7 @@ TEXT = st.text("ab<", max_size=30)
 
 
 @given(TEXT, st.lists(st.text("ab<", min_size=1, max_size=4), max_size=3), st.data())
-def test_text_ends_before_the_first_stop_string_however_it_is_cut(text: str, stops: list[str], data: st.DataObject) -> None:
+def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], data: st.DataObject) -> None:
     stopper, shown, rest = StopStrings(stops), "", text
     while rest:
         size = data.draw(st.integers(1, len(rest)))

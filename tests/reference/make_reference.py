@@ -105,7 +105,7 @@ def main() -> None:
                 f"{number}.logsumexp": torch.logsumexp(logits, -1).numpy(),
                 f"{number}.logits": logits[:, ::STRIDE].numpy(),
             }
-    np.savez_compressed(HERE / "smollm2.npz", **kept)
+    np.savez_compressed(HERE / "smollm2.npz", allow_pickle=False, **kept)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,15 @@ def parameters(config: Config = CONFIG, *, biases: bool = False) -> decoder.Para
     def array(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape, scale=shape[-1] ** -0.5), jnp.float32)
 
-    q, kv_width = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+    d, mlp, q, kv_width = (
+        config.d_model,
+        config.d_mlp,
+        config.n_heads * config.d_head,
+        config.n_kv_heads * config.d_head,
+    )
     widths = {
-        "q": (q, config.d_model), "k": (kv_width, config.d_model), "v": (kv_width, config.d_model), "o": (config.d_model, q),
-        "gate": (config.d_mlp, config.d_model), "up": (config.d_mlp, config.d_model), "down": (config.d_model, config.d_mlp),
+        "q": (q, d), "k": (kv_width, d), "v": (kv_width, d), "o": (d, q),
+        "gate": (mlp, d), "up": (mlp, d), "down": (d, mlp),
     }  # fmt: skip
 
     def block() -> dict[str, jax.Array | None]:

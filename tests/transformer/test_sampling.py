@@ -192,7 +192,7 @@ def test_settings_are_traced() -> None:
         np.zeros(1, np.int32),
     )
     for index, option in enumerate(SamplingOptions.model_fields):
-        value = {3: 1.5} if option == "logit_bias" else 0.4 if option not in ("top_k", "repeat_last_n") else 7
+        value: Any = {3: 1.5} if option == "logit_bias" else 0.4 if option not in ("top_k", "repeat_last_n") else 7
         draw(logits, history, length, sampling.settings([SamplingOptions(**{option: value})], [index], 300))
     assert len(traced) == 1
 
