@@ -1,0 +1,167 @@
+"""The application: a route for each verb, the shapes of other APIs beside them, and one form for errors."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from anyio import to_thread
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import Field, create_model
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+import irkit
+from irkit.errors import (
+    BackendError,
+    BudgetError,
+    ContextFullError,
+    IrkitError,
+    ModelNotFoundError,
+    OptionError,
+    PullError,
+    UnsupportedModelError,
+)
+from irkit.options import LoadOptions, Options, ServeOptions
+from irkit.results import Generation, as_json
+from irkit.server import ollama
+from irkit.server.requests import body_of, read
+from irkit.server.security import LOCAL_ORIGINS, LocalHostsOnly, is_loopback
+from irkit.server.sessions import Sessions
+from irkit.server.streams import answer_lines, answer_once
+from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, verbs
+
+WITHOUT_ROUTE = {"chat", "close", "generate", "embed"}
+"""Verbs that need a terminal, close the server's sessions, or have their route in Ollama's shape."""
+
+STATUSES = {
+    OptionError: 400,
+    ContextFullError: 400,
+    UnsupportedModelError: 400,
+    BackendError: 400,
+    ModelNotFoundError: 404,
+    PullError: 502,
+    BudgetError: 503,
+}
+"""The HTTP status of each error; 500 where it is not the request's fault."""
+
+
+class CloseRequest(Options):
+    """The body of `POST /api/close`."""
+
+    model: str
+    """The name of a model."""
+
+
+def create_app(options: ServeOptions | None = None) -> FastAPI:
+    """The ASGI application of `irkit serve`; on a loopback address it answers to local names only."""
+    sessions = Sessions()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await sessions.close()
+
+    app = FastAPI(title="irkit", version=irkit.__version__, lifespan=lifespan, redoc_url=None)
+    app.state.sessions = sessions
+    app.add_exception_handler(IrkitError, _on_irkit_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(CORSMiddleware, allow_origin_regex=LOCAL_ORIGINS, allow_methods=["*"], allow_headers=["*"])
+    if is_loopback((options or ServeOptions()).host):
+        app.add_middleware(LocalHostsOnly)
+
+    @app.head("/", include_in_schema=False)
+    @app.get("/", response_class=PlainTextResponse)
+    def root() -> str:
+        """Say that the server runs."""
+        return "irkit is running"
+
+    @app.get("/api/health")
+    def health() -> dict[str, str]:
+        """Say that the server answers."""
+        return {"status": "ok"}
+
+    @app.post("/api/close", openapi_extra=body_of(CloseRequest))
+    async def close(request: Request) -> dict[str, Any]:
+        """Cancel what is running with a model, and let go of it."""
+        asked = await read(request, CloseRequest)
+        await sessions.close(asked.model)
+        return {"model": asked.model, "result": None}
+
+    app.include_router(ollama.router(sessions))  # OpenAI's shapes will stand beside it
+    for verb in verbs().values():
+        if verb.name not in WITHOUT_ROUTE:
+            _add_verb(app, sessions, verb)
+    return app
+
+
+def request_model(verb: Verb) -> type[Options]:
+    """The body of a verb's route: the model, the verb's parameters, and how the model is opened."""
+    model, *load = load_parameters()
+    fields: dict[str, Any] = {"model": (str, Field(description=model.help))}
+    fields |= {parameter.name: _field(parameter) for parameter in (*verb.parameters, *load)}
+    if verb.streams:
+        fields["stream"] = (bool, Field(True, description="Send each token as a line of JSON, then the result."))
+    return create_model(f"{verb.name.title()}Request", __base__=Options, **fields)
+
+
+def _field(parameter: Parameter) -> tuple[Any, Any]:
+    default = ... if parameter.default is REQUIRED else parameter.default
+    return parameter.annotation, Field(default, description=parameter.help)
+
+
+def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb) -> None:
+    """Adds `POST /api/<verb>`, which replies {"model", "result"}, after the tokens if it streams."""
+    body = request_model(verb)
+    names = [parameter.name for parameter in verb.parameters]
+
+    @app.post(f"/api/{verb.name}", name=verb.name, description=verb.summary, openapi_extra=body_of(body))
+    async def call(request: Request) -> Response:
+        asked: Any = await read(request, body)
+        given: Mapping[str, Any] = dict(asked)
+        load = LoadOptions(**{name: given[name] for name in LoadOptions.model_fields})
+        session = await sessions.get(asked.model, load)
+        ask = partial(getattr(session, verb.name), **{name: given[name] for name in names})
+        if not verb.streams:
+            return JSONResponse({"model": asked.model, "result": as_json(await sessions.compute(ask))})
+        generation: Generation = await to_thread.run_sync(ask)
+        if asked.stream:
+            return await answer_lines(request, generation, _tokens(asked.model, generation))
+        return await answer_once(request, generation, _result(asked.model, generation))
+
+
+async def _tokens(model: str, generation: Generation) -> AsyncIterator[dict[str, Any]]:
+    async for token in generation:
+        yield as_json(token)
+    yield await _result(model, generation)
+
+
+async def _result(model: str, generation: Generation) -> dict[str, Any]:
+    async for _ in generation:
+        pass  # its end is awaited without holding a thread
+    return {"model": model, "result": as_json(generation)}
+
+
+def _error(message: str, status: int, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"error": message}, status, headers)
+
+
+async def _on_irkit_error(request: Request, error: Exception) -> Response:
+    return _error(str(error), next((s for kind, s in STATUSES.items() if isinstance(error, kind)), 500))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.detail, error.status_code, error.headers)
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody reads it
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    return _error("internal error", 500)  # the server logs the error

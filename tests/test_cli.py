@@ -1,0 +1,328 @@
+"""The command line as people meet it: a process of its own, with pipes or a terminal."""
+
+import fcntl
+import functools
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import irkit
+from irkit import Session, hub
+from irkit.hub.registry import clean_name
+
+IRKIT = [sys.executable, "-c", "from irkit.cli import main; main()"]
+# Makes the terminal that is standard input the controlling one, so that its Ctrl-C is a signal.
+IN_TERMINAL = [
+    sys.executable,
+    "-c",
+    "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from irkit.cli import main; main()",
+]
+
+
+@pytest.fixture(scope="session")
+def session(model_path: Path) -> Iterator[Session]:
+    with Session(model_path) as session:
+        yield session
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry without models; the compiled programs are the real ones, as they take long to make."""
+    programs = hub.home() / "programs"
+    programs.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "programs").symlink_to(programs)
+    monkeypatch.setenv("IRKIT_HOME", str(tmp_path))
+    return tmp_path
+
+
+def irkit_(*words: object, given: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    """Runs a command with `given` piped into it."""
+    data = given.encode() if isinstance(given, str) else given
+    done = subprocess.run([*IRKIT, *map(str, words)], input=data, capture_output=True, timeout=240)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def test_version():
+    assert irkit_("--version").stdout == f"irkit {irkit.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["run", "nosuch", "hi"], 1, "irkit: no model 'nosuch'"),
+        (["info", "nosuch.gguf"], 1, "irkit: no file at 'nosuch.gguf'"),
+        (["info", __file__], 1, "irkit: "),
+        (["run", "m", "hi", "--temperature", "warm"], 2, "irkit: --temperature must be a valid number"),
+        (["run", "m", "hi", "--top-p", "1.5"], 2, "irkit: --top-p must be less than or equal to 1, got '1.5'"),
+        (["run", "m", "hi", "--precision", "sloppy"], 2, "irkit: --precision must be 'fast' or 'exact'"),
+        (["run", "m", "hi", "--logit-bias", "5"], 2, "irkit: --logit-bias must be KEY=VALUE"),
+        (["run", "m", "hi", "--logit-bias", "5=lots"], 2, "irkit: --logit-bias must be a valid number"),
+        (["run", "m", "hi", "--stop", ""], 2, "irkit: --stop: a stop string must not be empty"),
+        (["run", "m"], 2, "irkit: there is no prompt"),
+        (["score", "m"], 2, "irkit: TEXT is missing"),
+        (["chat", "m"], 1, "irkit: no model 'm'"),
+        (["respond", "m", "hi", "--tools", "{"], 2, "irkit: --tools must be JSON"),
+        (["detokenize", "m", "one"], 2, "irkit: IDS must be a valid integer"),
+        (["serve", "--port", "65536"], 2, "irkit: --port must be less than or equal to 65535"),
+        (["rm", "nosuch"], 1, "irkit: no model 'nosuch'"),
+        (["add", "nosuch.gguf"], 1, "irkit: no file at 'nosuch.gguf'"),
+        (["pull", "no such"], 2, "irkit: 'no such' cannot be pulled"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_an_exit_code(home, words, code, message):
+    done = irkit_(*words)
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert (done.returncode, done.stdout) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [(["run", "m", "--temprature", "1"], r"--temprature\b.*--temperature\b"), (["rnu", "m"], "No such command 'rnu'")],
+)
+def test_a_misspelt_option_or_command_is_named(words, error):
+    done = irkit_(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(error, done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+
+
+def test_models_are_added_listed_and_removed(home, model_path):
+    assert irkit_("add", model_path, "--name", "mine").stdout == "mine\n"
+    (model,) = json.loads(irkit_("list", "--json").stdout)
+    assert (model["name"], model["path"], model["size"]) == ("mine", str(model_path), model_path.stat().st_size)
+    table = irkit_("list").stdout.splitlines()
+    assert table[0].split() == ["NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "ADDED"]
+    assert table[1].split()[:3] == ["mine", "98", "MB"]
+    assert irkit_("detokenize", "mine", *irkit_("tokenize", "mine", "Hi there").stdout.split()).stdout == "Hi there\n"
+    removed = irkit_("rm", "mine")
+    assert (removed.returncode, removed.stdout, removed.stderr) == (0, "", "")
+    assert irkit_("list", "--json").stdout == "[]\n"
+    assert model_path.is_file()
+
+
+def test_info(model_path, session):
+    shown = irkit_("info", model_path, "--num-ctx", "100", "--json").stdout
+    assert json.loads(shown)["n_ctx"] == 100
+    assert json.loads(shown)["d_model"] == session.info().d_model == 576
+
+
+def test_verbs_print_bare_results(model_path, session):
+    assert irkit_("tokenize", model_path, "one two").stdout == " ".join(map(str, session.tokenize("one two"))) + "\n"
+    assert json.loads(irkit_("tokenize", model_path, "--json", given="[1, 2]").stdout) == session.tokenize("[1, 2]")
+    rows = irkit_("embed", model_path, "one", "two").stdout.splitlines()
+    assert [len(row.split()) for row in rows] == [576, 576]
+    assert float(rows[0].split()[0]) == pytest.approx(float(session.embed("one")[0, 0]), abs=1e-4)
+
+
+def test_run_puts_what_is_piped_in_before_the_prompt(model_path, session):
+    options = {"temperature": 0, "num_predict": 12}
+    done = irkit_("run", model_path, "Say it again.", "--temperature", 0, "--num-predict", 12, "--json", given="Hello.")
+    told = json.loads(done.stdout)
+    expected = session.respond("Hello.\nSay it again.", **options)
+    assert (told["text"], told["stats"]["prompt_tokens"]) == (expected.text, expected.stats.prompt_tokens)
+    assert told["finish_reason"] == expected.finish_reason
+    assert done.stderr == ""
+
+
+def test_respond_reads_a_conversation_and_generate_leaves_text_alone(model_path, session):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a fruit."}]
+    options = {"temperature": 0, "num_predict": 8, "stop": ("\n", "zzz"), "logit_bias": {28: -100.0}}
+    words = [*("--temperature", 0, "--num-predict", 8), *("--stop", "\n", "--stop", "zzz", "--logit-bias", "28=-100")]
+    done = irkit_("respond", model_path, json.dumps(messages), *words, "--verbose")
+    assert done.stdout == session.respond(messages, **options).text + "\n"
+    backend, speed = done.stderr.splitlines()
+    assert backend == session.info().backend
+    assert re.fullmatch(r"\d+ tokens read in [\d.]+ s, \d made, [\d.]+ a second", speed)
+    text = '[{"role": "user"'
+    assert irkit_("generate", model_path, text, *words).stdout == session.generate(text, **options).text + "\n"
+
+
+@pytest.fixture
+def answering(model_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has begun a long answer."""
+    words = ["run", str(model_path), "Count to one thousand.", "--num-predict", "3000", "--temperature", "0"]
+    nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with subprocess.Popen([*IRKIT, *words], stdin=nothing, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout
+        assert process.stdout.read(1)
+        yield process
+        process.kill()
+
+
+def test_ctrl_c_ends_a_single_answer_with_130(answering):
+    answering.send_signal(signal.SIGINT)
+    assert answering.wait(30) == 130
+    assert answering.stderr.read() == b""
+
+
+def test_a_reader_that_goes_away_is_no_error(answering):
+    answering.stdout.close()
+    assert answering.wait(30) == 1
+    assert answering.stderr.read() == b""
+
+
+def test_bytes_that_are_no_text(model_path):
+    assert (
+        irkit_("tokenize", model_path, given=b"\xff").stderr
+        == "irkit: standard input must be UTF-8 text; byte 0 is not\n"
+    )
+    done = subprocess.run([*IRKIT, "tokenize", str(model_path), b"\xff"], capture_output=True)
+    assert (done.returncode, done.stderr) == (2, b"irkit: TEXT must be UTF-8 text\n")
+
+
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self, *words: str) -> None:
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"}
+        self.process = subprocess.Popen(
+            [*IN_TERMINAL, *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def enter(self, text: str, prompt: str = ">>>") -> None:
+        """Types a line at the prompt, which is then shown with it once more."""
+        self.expect(re.escape(prompt))
+        self.type(text + "\r")
+        self.expect(re.escape(f"{prompt} {text}") + r"\r+\n")
+
+    def expect(self, pattern: str, seconds: float = 120) -> str:
+        """Waits until `pattern` appears; returns what was shown up to its end, and takes it away."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.shown)):
+            assert time.monotonic() < deadline, f"{pattern!r} is not in {self.shown!r}"
+            self._read()
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def _read(self) -> None:
+        if select.select([self._ours], [], [], 0.1)[0]:
+            text = os.read(self._ours, 65536).decode(errors="replace")
+            self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]", "", text)
+
+    def close(self) -> int:
+        code = self.process.wait(30)
+        os.close(self._ours)
+        return code
+
+
+@pytest.fixture
+def terminal(home: Path, model_path: Path, request: pytest.FixtureRequest) -> Iterator[Terminal]:
+    """A prompt loop whose answers have at most so many tokens as the test's parameter says."""
+    options = ["--temperature", "0", "--num-predict", str(request.param), "--system", "You count."]
+    terminal = Terminal("run", str(model_path), *options)
+    yield terminal
+    terminal.process.kill()
+    terminal.process.wait()
+
+
+@pytest.fixture
+def address(model_path: Path) -> Iterator[str]:
+    """Where the model's file can be fetched from, on this machine."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=model_path.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}/{model_path.name}"
+        server.shutdown()
+
+
+def test_pulling_shows_its_progress_on_a_terminal_only(home, address, model_path):
+    name = clean_name(model_path.stem)
+    terminal = Terminal("pull", address)
+    terminal.expect(f"{name} from 127.0.0.1")
+    terminal.expect(r"98\.4/98\.4 MB")
+    terminal.expect(rf"\n{re.escape(name)}\r\n")
+    assert terminal.close() == 0
+    assert irkit_("rm", name).returncode == 0
+    done = irkit_("pull", address)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{name}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("irkit detok", "detokenize"), ("irkit run x --prec", "--precision"), ("irkit run x --precision e", "exact")],
+)
+def test_shells_complete_commands_options_and_choices(monkeypatch, words, offered):
+    monkeypatch.setenv("_IRKIT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert irkit_().stdout.split() == [offered]
+
+
+@pytest.mark.parametrize("terminal", [6], indirect=True)
+def test_the_prompt_loop(terminal, home, session):
+    messages = [{"role": "system", "content": "You count."}]
+
+    def answer(text: str) -> list[str]:
+        messages.append({"role": "user", "content": text})
+        reply = session.respond(messages, temperature=0, num_predict=6).text
+        messages.append({"role": "assistant", "content": reply})
+        return reply.split()
+
+    assert session.info().backend in terminal.expect("\n")
+    for text in ("My name is Ada.", "What is my name?"):
+        terminal.enter(text)
+        assert terminal.expect("(?=>>>)").split() == answer(text)
+
+    terminal.enter("/help")
+    assert "/reset" in terminal.expect("Ctrl-C")
+    terminal.enter("/nope")
+    terminal.expect("no command /nope")
+    terminal.enter("/reset")
+    terminal.expect("forgotten[^>]*")
+    del messages[1:]
+
+    terminal.enter('"""Say')
+    terminal.enter('hi."""', prompt="...")
+    assert terminal.expect("(?=>>>)").split() == answer("Say\nhi.")
+
+    terminal.enter("/bye")
+    assert terminal.close() == 0
+    history = home / "history"
+    assert "+What is my name?" in history.read_text()
+    assert history.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("terminal", [3000], indirect=True)
+def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves_the_loop(terminal):
+    terminal.enter("Count from one to one hundred.")
+    terminal.expect(r"\w+")
+    terminal.type("\x03")
+    terminal.expect(r"\n(?=>>>)", seconds=10)
+    terminal.expect(">>>")
+    terminal.type("\x03")
+    terminal.expect("/exit leaves[^>]*>>>")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+def test_without_a_terminal_there_is_no_prompt_loop(model_path):
+    done = irkit_("chat", model_path)
+    assert (done.returncode, done.stderr) == (2, "irkit: a prompt loop needs a terminal\n")
