@@ -1,0 +1,69 @@
+# Everything happens in virtual environments below this folder. Works with GNU make 3.81, which macOS has.
+PYTHON ?= python3
+MODEL ?= smollm2
+PROMPT ?= Why is the sky blue?
+# They reach the shell as variables, so that a prompt may hold quotes.
+export MODEL PROMPT
+# What pytest runs, such as TESTS=tests/gguf; all of tests/ when empty.
+TESTS ?=
+
+VENV = .venv
+VENV_JAX050 = .venv-jax050
+PIP = -m pip --disable-pip-version-check --quiet
+PYTEST = -m pytest -m "not slow and not reference" $(TESTS)
+
+.DELETE_ON_ERROR:
+.PHONY: help run test test-slow test-jax050 docs clean
+
+help:
+	@echo "make run          install irkit into $(VENV), fetch $$MODEL and ask it: $$PROMPT"
+	@echo "make test         lint, type check and test"
+	@echo "make test-slow    the long tests that 'make test' leaves out"
+	@echo "make test-jax050  the tests on jax 0.5.0, the oldest supported and the one Apple's jax-metal needs"
+	@echo "make docs         build the documentation into site/"
+	@echo "make clean        remove what these made, virtual environments included"
+	@echo "Variables: PYTHON=$(PYTHON) MODEL=$$MODEL PROMPT='...' TESTS=tests/..."
+
+run: $(VENV)/installed
+	@$(VENV)/bin/irkit run "$$MODEL" "$$PROMPT"
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+	$(VENV)/bin/python $(PYTEST)
+
+test-slow: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest -m slow $(TESTS)
+
+test-jax050: $(VENV_JAX050)/installed
+	$(VENV_JAX050)/bin/python $(PYTEST)
+
+docs: $(VENV)/installed-dev
+	$(VENV)/bin/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) $(VENV_JAX050) build dist site .pytest_cache .ruff_cache .hypothesis
+	find irkit tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The files named installed say that an installation was finished, and from which pyproject.toml.
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing irkit into $(VENV) (once) ..."
+	$(VENV)/bin/python $(PIP) install -e .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing irkit and its development tools into $(VENV) (once) ..."
+	$(VENV)/bin/python $(PIP) install -e '.[dev]'
+	@touch $(VENV)/installed $@
+
+$(VENV_JAX050)/installed: pyproject.toml | $(VENV_JAX050)/bin/python
+	@echo "Installing irkit with jax 0.5.0 into $(VENV_JAX050) (once) ..."
+	$(VENV_JAX050)/bin/python $(PIP) install jax==0.5.0 jaxlib==0.5.0 -e '.[dev]'
+	@touch $@
+
+$(VENV)/bin/python $(VENV_JAX050)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "irkit needs Python 3.11 or later, and $(PYTHON) is not that; name another: make PYTHON=python3.12 ..." >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(@:/bin/python=)
