@@ -10,7 +10,7 @@ TESTS ?=
 VENV = .venv
 VENV_JAX050 = .venv-jax050
 PIP = -m pip --disable-pip-version-check --quiet
-PYTEST = -m pytest -m "not slow and not reference" $(TESTS)
+PYTEST = -m pytest $(TESTS)
 
 .DELETE_ON_ERROR:
 .PHONY: help run test test-slow test-jax050 docs clean

@@ -94,6 +94,8 @@ class Session:
         model = self.model
         model.load()  # the template and the tokenizer go on beside it
         ids = model.template.encode(model.tokenizer, messages, tools=tools)
+        # The plain format that stands in for a missing template ends a turn with words, not with a token.
+        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *model.template.stop)})
         return model.generate(ids, parsed, self._cache)
 
     @accepts(TokenizeOptions)

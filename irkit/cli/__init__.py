@@ -6,7 +6,7 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from irkit.cli.loop import prompt_loop
-from irkit.cli.terminal import say
+from irkit.cli.terminal import quit_on_ctrl_c, say
 from irkit.errors import IrkitError, OptionError
 
 __all__ = ["main", "prompt_loop"]
@@ -18,6 +18,7 @@ def main() -> None:
     The exit code is 0 for success, 1 where an `IrkitError` ended it, 2 for a mistake in the command itself
     and 130 after Ctrl-C.
     """
+    quit_on_ctrl_c()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"

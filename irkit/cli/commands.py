@@ -5,7 +5,6 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ import typer
 
 import irkit
 from irkit import hub
-from irkit.cli.terminal import is_terminal, printable, progress_bar, say
+from irkit.cli.terminal import ctrl_c_raises, is_terminal, printable, progress_bar, say
 from irkit.cli.words import convert, declare, label
 from irkit.errors import OptionError
 from irkit.options import ServeOptions, parse
@@ -114,7 +113,8 @@ def _run(prompt: str | None, in_json: bool, verbose: bool, **given: Any) -> None
             messages = [*opening, {"role": "user", "content": text}]
             _answer(session, lambda: session.respond(messages, **options), in_json, verbose)
         else:
-            session.chat(system, **options)
+            with ctrl_c_raises():
+                session.chat(system, **options)
 
 
 @_command("serve", [declare(p) for p in option_parameters(ServeOptions)])
@@ -122,7 +122,8 @@ def _serve(**given: Any) -> None:
     """Serve models over HTTP, as Ollama does, until Ctrl-C."""
     from irkit.server import serve
 
-    serve(parse(ServeOptions, _values(option_parameters(ServeOptions), given)))
+    with ctrl_c_raises():
+        serve(parse(ServeOptions, _values(option_parameters(ServeOptions), given)))
 
 
 @_command("list")
@@ -175,6 +176,9 @@ def _add_verb(verb: Verb) -> None:
             call = functools.partial(getattr(session, verb.name), **arguments)
             if verb.streams:
                 _answer(session, call, in_json, verbose)
+            elif verb.result is None:
+                with ctrl_c_raises():  # it is a conversation
+                    call()
             else:
                 _show(call(), in_json)
 
@@ -223,13 +227,12 @@ def _session(given: dict[str, Any]) -> Iterator[Session]:
 def _answer(session: Session, ask: Callable[[], Generation], in_json: bool, verbose: bool) -> None:
     """Prints an answer as it is made, and on stderr what makes it."""
     session.model.load()
-    with ThreadPoolExecutor(1) as aside:
-        # The backend is known when jax is imported: until then, the prompt is laid out and tokenized.
-        info = aside.submit(session.info) if verbose or is_terminal(sys.stderr) else None
-        generation = ask()
+    # The backend is known when the weights are loaded: until then, the prompt is laid out and tokenized.
+    info = session.model.submit(session.info) if verbose or is_terminal(sys.stderr) else None
+    generation = ask()
+    try:
         if info:
             say(info.result().backend)
-    try:
         if in_json:
             _show(generation, in_json)
         else:

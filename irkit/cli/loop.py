@@ -32,7 +32,7 @@ def prompt_loop(session: "Session", system: str | None, options: GenerateOptions
         raise OptionError("a prompt loop needs a terminal")
     session.model.load()
     prompt = _prompt_session()
-    say(session.info().backend)
+    say(session.model.submit(session.info).result().backend)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while True:

@@ -1,5 +1,7 @@
 """What goes to the terminal beside the answers: messages, and a progress bar, on stderr."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +26,26 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else " " for c in text)
 
 
+def quit_on_ctrl_c() -> None:
+    """Let Ctrl-C end the process at once, with 130, unless whoever started it has made it deaf to Ctrl-C.
+
+    There is nothing to clean up, and a KeyboardInterrupt that hits an import may leave its lock taken: the
+    threads that load the model would wait for it for ever.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+@contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt in here, for what it does not end, or what cleans up."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int | None, str], None]]:
     """Yields `show(done, total, what)`, in bytes: its first call puts up the bar, if stderr is a terminal."""
@@ -36,11 +58,15 @@ def progress_bar() -> Iterator[Callable[[int, int | None, str], None]]:
             bar.add_task(what)
         bar.update(bar.task_ids[0], completed=done, total=total, description=what)
 
-    try:
-        yield show if is_terminal(sys.stderr) else lambda done, total, what: None
-    finally:
-        if bar is not None:
-            bar.stop()
+    if not is_terminal(sys.stderr):
+        yield lambda done, total, what: None
+        return
+    with ctrl_c_raises():  # the bar hides the cursor
+        try:
+            yield show
+        finally:
+            if bar is not None:
+                bar.stop()
 
 
 def _start() -> "Progress":

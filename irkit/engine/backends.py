@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Collection, Iterable
@@ -96,7 +97,9 @@ _NEWEST_JAXLIB_FOR_METAL = "0.5.0"
 _NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
 
-@cache
+_selecting = threading.Lock()
+
+
 def select(backend: Backend | None = None, threads: int | None = None) -> Selected:
     """Choose where to compute, and start jax there.
 
@@ -111,6 +114,12 @@ def select(backend: Backend | None = None, threads: int | None = None) -> Select
     Raises:
         BackendError: `backend` cannot be used, or nothing of what JAX_PLATFORMS lists can.
     """
+    with _selecting:
+        return _select(backend, threads)
+
+
+@cache
+def _select(backend: Backend | None, threads: int | None) -> Selected:
     import jax
     from jax._src import xla_bridge  # jax has no public way to ask whether it has started
 

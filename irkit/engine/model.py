@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import threading
 import time
@@ -20,7 +21,7 @@ from irkit import families, gguf, tokenizer
 from irkit.engine.cache import Cache
 from irkit.engine.worker import DEVICE
 from irkit.errors import ContextFullError, ModelFileError, OptionError
-from irkit.options import GenerateOptions, LoadOptions, check_logit_bias
+from irkit.options import Backend, GenerateOptions, LoadOptions, Precision, check_logit_bias
 from irkit.results import Generation, Info, Score
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Model:
     Every method that computes does so on the device's thread, in the order of the calls.
     """
 
-    def __init__(self, path: Path, precision: str, backend: str | None, threads: int | None) -> None:
+    def __init__(self, path: Path, precision: Precision, backend: Backend | None, threads: int | None) -> None:
         self.path = path
         self.precision = precision
         self.backend = backend
@@ -99,9 +100,9 @@ class Model:
         return self._runtime
 
     def _load(self) -> Runtime:
-        # Reading starts before jax is imported: numpy and the import keep a core busy each.
+        # Reading starts before jax is imported, on the cores that the import leaves.
         weights = families.weights(self.file, self.config)
-        with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1), thread_name_prefix="irkit-read") as pool:
             reading = _map(weights, lambda weight: pool.submit(families.read_weight, self.file, weight))
             from irkit.engine.runtime import Runtime
 
@@ -181,7 +182,7 @@ class Model:
         from irkit.engine import backends
 
         meta, config = self.file.metadata, self.config
-        selected = DEVICE.submit(lambda: backends.select(self.backend, self.threads)).result()  # pyright: ignore[reportArgumentType]
+        selected = backends.select(self.backend, self.threads)
         return Info(
             model=name,
             path=str(self.path),

@@ -60,7 +60,8 @@ class Runtime:
             lambda weight: self._shape(weight) if weight.is_in(model.file) else None,
             families.weights(model.file, model.config),
         )
-        self._background = ThreadPoolExecutor(2, thread_name_prefix="irkit-compile")
+        # One thread, in the order of need: two would make the first program wait for the second.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
         self._prepared: set[tuple[int, int, bool]] = set()
         # What nearly every answer begins with: loaded or compiled while the weights are being read.
         capacity = min(SMALLEST, model.config.n_ctx)

@@ -93,7 +93,8 @@ def layer(
     z = tap("attn.hook_z", attention(q, *cached, positions, config.attention_scale, tap))
     if tap.wants("attn.hook_result"):
         per_head = block["o"].reshape(config.d_model, config.n_heads, config.d_head)
-        tap("attn.hook_result", jnp.einsum("btHh,dHh->btHd", z, per_head.astype(z.dtype)))
+        result = jnp.einsum("btHh,dHh->btHd", z, per_head.astype(z.dtype), precision=lax.Precision.HIGHEST)
+        tap("attn.hook_result", result)
     attn_out = tap("hook_attn_out", affine(z.reshape(*z.shape[:2], -1), block, "o"))
     resid = tap("hook_resid_mid", resid + attn_out)
     normed = rms_norm(resid, block["ln2"], config.eps, tap, "ln2")
