@@ -60,7 +60,7 @@ class Model:
     def __init__(self, path: Path, precision: Precision, backend: Backend | None, threads: int | None) -> None:
         self.path = path
         self.precision = precision
-        self.backend = backend
+        self.backend: Backend | None = backend
         self.threads = threads
         self.file = gguf.open(path)
         self.config = families.read_config(self.file)
