@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import secrets
 import threading
 import time
@@ -100,10 +99,13 @@ class Model:
         return self._runtime
 
     def _load(self) -> Runtime:
-        # Reading starts before jax is imported, on the cores that the import leaves.
         weights = families.weights(self.file, self.config)
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1), thread_name_prefix="irkit-read") as pool:
-            reading = _map(weights, lambda weight: pool.submit(families.read_weight, self.file, weight))
+        places = _places(self.file, weights)
+        # Reading starts before jax is imported: numpy and the import keep a core busy each.
+        with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
+            reading = _map(
+                weights, lambda weight: pool.submit(families.read_weight, self.file, weight, places.get(weight.name))
+            )
             from irkit.engine.runtime import Runtime
 
             return Runtime(self, reading)
@@ -212,6 +214,25 @@ def _check_fits(tokens: int, n_ctx: int) -> None:
         raise OptionError("the text is empty, and the model has no token to begin a text with")
     if tokens > n_ctx:
         raise ContextFullError(f"the text has {tokens} tokens; the context holds {n_ctx}")
+
+
+def _places(file: gguf.File, weights: Any) -> dict[str, np.ndarray]:
+    """Room for each weight in one piece of memory, each at a multiple of 64 bytes, as XLA wants it.
+
+    Linux gives one large piece in large pages: touched for the first time, it costs a third of many small ones.
+    """
+    found: list[families.Weight] = []
+    _map(weights, found.append)
+    # A file may lie about its shapes: room is for what the tensors in it hold, not for what its metadata says.
+    found = [w for w in found if w.name in file.tensors and file.tensors[w.name].shape == w.shape]
+    sizes = [-(-math.prod(weight.shape) // 16) * 16 for weight in found]
+    arena = np.empty(sum(sizes) + 16, np.float32)
+    start = -arena.ctypes.data % 64 // 4
+    places = {}
+    for weight, size in zip(found, sizes, strict=True):
+        places[weight.name] = arena[start : start + math.prod(weight.shape)].reshape(weight.shape)
+        start += size
+    return places
 
 
 def _map(tree: Any, function: Any) -> Any:

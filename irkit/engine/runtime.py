@@ -129,7 +129,7 @@ class Runtime:
     def _reader(self, size: int, capacity: int, top: bool) -> Program:
         if self._drawer is not self.device:
             return self._text_program(steps.read, size, capacity, _one(0))
-        settings = jax.eval_shape(lambda: sampling.settings([SamplingOptions()], [0], self.config.d_vocab))
+        settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)
         return self._text_program(steps.read_and_sample, size, capacity, _one(0), settings, top=steps.TOP if top else 0)
 
     def score(
@@ -157,7 +157,10 @@ class Runtime:
         return self._program(function, (size, capacity), arguments, donate=1, config=self.config, **static)
 
     def _cache(self, capacity: int) -> KVCache:
-        return jax.eval_shape(lambda: kv.empty(self.config, 1, capacity, self.dtype))
+        config = self.config
+        layer = jax.ShapeDtypeStruct((1, config.n_kv_heads, capacity, config.d_head), self.dtype)
+        layers: Any = [layer] * config.n_layers
+        return KVCache(layers, layers, jax.ShapeDtypeStruct((1, capacity), jnp.int32))  # pyright: ignore[reportArgumentType]
 
     def _program(
         self,

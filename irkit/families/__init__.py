@@ -72,8 +72,8 @@ def weights(file: File, config: Config) -> dict[str, Any]:
     return family(file).weights(config)
 
 
-def read_weight(file: File, weight: Weight) -> np.ndarray | None:
-    """The parameter as float32 numpy array; None where it is optional and not in the file.
+def read_weight(file: File, weight: Weight, out: np.ndarray | None = None) -> np.ndarray | None:
+    """The parameter as float32 numpy array, in `out` if given; None where it is optional and not in the file.
 
     Raises:
         ModelFileError: the tensor is missing or has another shape.
@@ -89,12 +89,12 @@ def read_weight(file: File, weight: Weight) -> np.ndarray | None:
             f"{file.path}: tensor {weight.name!r} has shape {list(info.shape)}, not {list(weight.shape)}"
         )
     if not weight.paired_heads:
-        return file.dequantize(weight.name)
+        return file.dequantize(weight.name, out)
     from irkit import gguf
 
     # Blocks run along a row, so whole packed rows can change places.
     rows = file.raw(weight.name).reshape(weight.shape[0], -1)
-    return gguf.dequantize(rows[unpaired_rows(weight)].reshape(-1), info.format, weight.shape)
+    return gguf.dequantize(rows[unpaired_rows(weight)].reshape(-1), info.format, weight.shape, out)
 
 
 def unpaired_rows(weight: Weight) -> np.ndarray:
