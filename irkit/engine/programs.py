@@ -30,6 +30,8 @@ Device: TypeAlias = Any
 # The library that XLA would multiply matrices with repacks all weights at a program's first call: 0.7 s for
 # the default model, on the way to its first token, to save 0.06 s for each 32 tokens of prompt.
 _COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+MOST_KEPT = 200
+"""Programs on disk, about 2 MB each; those not used for longest go first, as versions and models come and go."""
 _log = logging.getLogger("irkit")
 
 
@@ -83,6 +85,7 @@ def _compile(
 def _load(path: Path, device: Device) -> Program | None:
     try:
         kept = path.read_bytes()
+        os.utime(path)  # it was used now
     except OSError:
         return None
     try:
@@ -100,6 +103,9 @@ def _write(path: Path, data: bytes) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+    by_age = sorted(path.parent.iterdir(), key=lambda kept: kept.stat().st_mtime_ns)
+    for old in by_age[:-MOST_KEPT]:
+        old.unlink(missing_ok=True)
 
 
 @cache
