@@ -29,6 +29,11 @@ def test_public_names() -> None:
         irkit.nothing_like_this  # noqa: B018
 
 
+def test_python_m_irkit_is_the_command_line() -> None:
+    shown = subprocess.run([sys.executable, "-m", "irkit", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"irkit {irkit.__version__}\n"
+
+
 def imported_by(statement: str) -> set[str]:
     """Top-level modules in memory after `statement` in a fresh interpreter."""
     code = f"{statement}\nimport sys\nprint(*sys.modules)"
