@@ -61,6 +61,13 @@ def _check(file: File, found: Config) -> None:
     for field, value in vars(found).items():
         if not value > 0:
             raise ModelFileError(f"{file.path}: {field} is {value}, from the keys under 'llama.'; it must be positive")
+    # Bounds the head's width by what is in the file, before anything is made in its size.
+    expected = found.n_heads * found.d_head, found.d_model
+    if file.tensor("blk.0.attn_q.weight").shape != expected:
+        raise ModelFileError(
+            f"{file.path}: tensor 'blk.0.attn_q.weight' has shape {list(file.tensor('blk.0.attn_q.weight').shape)}, "
+            f"not {list(expected)}, which the keys under 'llama.' say"
+        )
     if found.n_heads % found.n_kv_heads:
         raise ModelFileError(
             f"{file.path}: llama.attention.head_count {found.n_heads} is not a multiple of "
