@@ -101,13 +101,13 @@ class Model:
     def _load(self) -> Runtime:
         weights = families.weights(self.file, self.config)
         places = _places(self.file, weights)
-        # Reading starts before jax is imported: numpy and the import keep a core busy each.
+        # First jax, alone: reading beside its import delays both. Beside loading programs it costs nothing.
+        from irkit.engine.runtime import Runtime
+
         with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
             reading = _map(
                 weights, lambda weight: pool.submit(families.read_weight, self.file, weight, places.get(weight.name))
             )
-            from irkit.engine.runtime import Runtime
-
             return Runtime(self, reading)
 
     def generate(self, ids: Sequence[int], options: GenerateOptions, cache: Cache) -> Generation:
