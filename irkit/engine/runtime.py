@@ -54,6 +54,8 @@ class Runtime:
         self.dtype = jnp.dtype(_FAST[selected.name] if fast else jnp.float32)
         # Sorting and branching are what Apple's backends are worst at: there the CPU draws the tokens.
         self._drawer = jax.devices("cpu")[0] if selected.name in ("metal", "mps") else self.device
+        # An example for compiling: made once, since every step asks for its program.
+        self._any_settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)
         self._programs: dict[tuple[Any, ...], Future[Program]] = {}
         self._compiling = threading.Lock()
         self._shapes = jax.tree.map(
@@ -129,8 +131,8 @@ class Runtime:
     def _reader(self, size: int, capacity: int, top: bool) -> Program:
         if self._drawer is not self.device:
             return self._text_program(steps.read, size, capacity, _one(0))
-        settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)
-        return self._text_program(steps.read_and_sample, size, capacity, _one(0), settings, top=steps.TOP if top else 0)
+        rest = _one(0), self._any_settings
+        return self._text_program(steps.read_and_sample, size, capacity, *rest, top=steps.TOP if top else 0)
 
     def score(
         self, cache: KVCache, ids: Sequence[int], start: int, targets: Sequence[int]
