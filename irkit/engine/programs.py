@@ -8,6 +8,7 @@ on all that they depend on.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import pickle
@@ -89,7 +90,10 @@ def _load(path: Path, device: Device) -> Program | None:
     except OSError:
         return None
     try:
-        return serialize_executable.deserialize_and_load(*pickle.loads(kept), backend=device.client)
+        load = serialize_executable.deserialize_and_load
+        # By default a program is loaded for all devices of the backend; jax 0.5.0 takes it from the program.
+        chosen = {"execution_devices": [device]} if "execution_devices" in inspect.signature(load).parameters else {}
+        return load(*pickle.loads(kept), backend=device.client, **chosen)
     except Exception as error:  # written by another build of the backend, or damaged: compile it again
         _log.debug("kept program not usable: %s", error)
         return None
