@@ -54,6 +54,8 @@ def generate(
                 writer.reason = "cancelled"
                 break
             cache.arrays, sampled = runtime.read(arrays, part, len(cache.ids), settings, top)
+            # jax returns before the work is done: without waiting, a whole prompt would be under way at once.
+            sampled.token.block_until_ready()
         if options.num_predict == 0:
             writer.reason = "length"
         if sampled is None or writer.reason:
