@@ -11,15 +11,20 @@ VENV = .venv
 VENV_JAX050 = .venv-jax050
 PIP = -m pip --disable-pip-version-check --quiet
 PYTEST = -m pytest $(TESTS)
+# What the CPU kernels are built from: they are built when irkit is installed.
+KERNELS = CMakeLists.txt .editable/CMakeLists.txt $(wildcard irkit/kernels/cpu/src/*)
+NATIVE_TESTS = cmake -S . -DIRKIT_NATIVE_TESTS=ON
 
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow test-jax050 docs clean
+.PHONY: help run test test-slow test-jax050 test-arm sanitize docs clean
 
 help:
 	@echo "make run          install irkit into $(VENV), fetch $$MODEL and ask it: $$PROMPT"
 	@echo "make test         lint, type check and test"
 	@echo "make test-slow    the long tests that 'make test' leaves out"
 	@echo "make test-jax050  the tests on jax 0.5.0, the oldest supported and the one Apple's jax-metal needs"
+	@echo "make test-arm     the kernels' own tests on emulated Arm (needs cmake, aarch64-linux-gnu-g++, qemu-aarch64)"
+	@echo "make sanitize     the same under the address, undefined behaviour and thread sanitizers (needs cmake)"
 	@echo "make docs         build the documentation into site/"
 	@echo "make clean        remove what these made, virtual environments included"
 	@echo "Variables: PYTHON=$(PYTHON) MODEL=$$MODEL PROMPT='...' TESTS=tests/..."
@@ -39,27 +44,44 @@ test-slow: $(VENV)/installed-dev
 test-jax050: $(VENV_JAX050)/installed
 	$(VENV_JAX050)/bin/python $(PYTEST)
 
+test-arm:
+	$(NATIVE_TESTS) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64
+	cmake --build build/arm --parallel 2
+	ctest --test-dir build/arm --output-on-failure
+
+sanitize:
+	$(NATIVE_TESTS) -B build/sanitize-address -DIRKIT_SANITIZE=address,undefined
+	$(NATIVE_TESTS) -B build/sanitize-thread -DIRKIT_SANITIZE=thread
+	cmake --build build/sanitize-address --parallel 2
+	cmake --build build/sanitize-thread --parallel 2
+	ctest --test-dir build/sanitize-address --output-on-failure
+	ctest --test-dir build/sanitize-thread --output-on-failure
+
 docs: $(VENV)/installed-dev
 	$(VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(VENV_JAX050) build dist site .pytest_cache .ruff_cache .hypothesis
+	find .editable -mindepth 1 ! -name CMakeLists.txt -prune -exec rm -rf {} +
+	rm -f irkit/kernels/cpu/libirkit_kernels.*
 	find irkit tests -name __pycache__ -prune -exec rm -rf {} +
 
-# The files named installed say that an installation was finished, and from which pyproject.toml.
-$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
-	@echo "Installing irkit into $(VENV) (once) ..."
+# The files named installed say that an installation was finished, and from which pyproject.toml and C++ sources.
+$(VENV)/installed: pyproject.toml $(KERNELS) | $(VENV)/bin/python
+	@echo "Installing irkit into $(VENV) (once; it builds the CPU kernels) ..."
 	$(VENV)/bin/python $(PIP) install -e .
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed-dev: pyproject.toml $(KERNELS) | $(VENV)/bin/python
 	@echo "Installing irkit and its development tools into $(VENV) (once) ..."
-	$(VENV)/bin/python $(PIP) install -e '.[dev]'
+	IRKIT_KERNELS_REQUIRED=1 $(VENV)/bin/python $(PIP) install -e '.[dev]'
 	@touch $(VENV)/installed $@
 
-$(VENV_JAX050)/installed: pyproject.toml | $(VENV_JAX050)/bin/python
+$(VENV_JAX050)/installed: pyproject.toml $(KERNELS) | $(VENV_JAX050)/bin/python
 	@echo "Installing irkit with jax 0.5.0 into $(VENV_JAX050) (once) ..."
-	$(VENV_JAX050)/bin/python $(PIP) install jax==0.5.0 jaxlib==0.5.0 -e '.[dev]'
+	IRKIT_KERNELS_REQUIRED=1 $(VENV_JAX050)/bin/python $(PIP) install jax==0.5.0 jaxlib==0.5.0 -e '.[dev]'
 	@touch $@
 
 $(VENV)/bin/python $(VENV_JAX050)/bin/python:

@@ -167,6 +167,26 @@ class ServeOptions(Options):
     """The port to listen on; 0 takes a free one."""
 
 
+_Lengths = tuple[Annotated[int, Field(ge=1, le=1 << 22)], ...]
+
+
+class BenchOptions(LoadOptions):
+    """What `irkit bench` measures."""
+
+    prompt_lengths: _Lengths = (32, 128, 512)
+    """The tokens of the prompts that are read."""
+    contexts: _Lengths = (64, 512, 2048)
+    """The tokens in the cache when tokens are made."""
+    num_predict: int = Field(default=64, ge=1, le=1 << 24)
+    """How many tokens are made at each context."""
+    runs: int = Field(default=5, ge=1, le=1000)
+    """How often everything is measured."""
+    vs: Literal["llama.cpp"] | None = None
+    """Another engine to measure in turns with irkit, on the same file with as many threads."""
+    busy: bool = False
+    """Keep one core busy with another process meanwhile."""
+
+
 _Model = TypeVar("_Model", bound=Options)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -282,6 +282,8 @@ class Info:
     precision: str
     backend: str
     """One line: which backend runs, and on what."""
+    kernels: str
+    """One line: `cpu` and the instruction set that irkit's own kernels use, or `xla`, and why."""
 
     def __str__(self) -> str:
         width = max(len(field.name) for field in dataclasses.fields(self))

@@ -58,6 +58,7 @@ def test_tokenizing_needs_no_jax(model_path: Path) -> None:
 # Each may import those after it, and the leaves; `cli`, `server` and `widgets` may not import each other.
 ORDER = [
     {"cli", "server"},
+    {"bench"},
     {"verbs"},
     {"session", "analysis"},
     {"engine"},

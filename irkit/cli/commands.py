@@ -17,7 +17,7 @@ from irkit import hub
 from irkit.cli.terminal import ctrl_c_raises, is_terminal, printable, progress_bar, say
 from irkit.cli.words import convert, declare, label
 from irkit.errors import OptionError
-from irkit.options import ServeOptions, parse
+from irkit.options import BenchOptions, ServeOptions, parse
 from irkit.results import Generation, as_json
 from irkit.session import Session
 from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, option_parameters, verbs
@@ -42,6 +42,7 @@ def _model_names(incomplete: str) -> list[str]:
     return [model.name for model in hub.models() if model.name.startswith(incomplete)]
 
 
+Models = Annotated[list[str], typer.Argument(help="Names of models, or paths.", metavar="MODEL")]
 Name = Annotated[str, typer.Argument(help="The name of a model.", metavar="NAME", autocompletion=_model_names)]
 
 _Function = Callable[..., None]
@@ -124,6 +125,28 @@ def _serve(**given: Any) -> None:
 
     with ctrl_c_raises():
         serve(parse(ServeOptions, _values(option_parameters(ServeOptions), given)))
+
+
+@_command(
+    "bench", [_parameter("models", Models, ["smollm2"]), *map(declare, option_parameters(BenchOptions)), _IN_JSON]
+)
+def _bench(models: list[str], in_json: bool, **given: Any) -> None:
+    """Measure how fast models run here, how much of the memory's speed that uses, and how another engine does."""
+    from irkit import bench
+
+    options = parse(BenchOptions, _values(option_parameters(BenchOptions), given))
+    with progress_bar() as show:
+        for model in models:
+            hub.ensure(model, progress=show)
+    with ctrl_c_raises():
+        reports = [bench.bench(model, options, say) for model in models]
+    if in_json:
+        print(json.dumps([report.as_json() for report in reports], ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    for report in reports:
+        Console().print(bench.as_table(report))
 
 
 @_command("list")

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from irkit.options import GenerateOptions
     from irkit.tokenizer import Tokenizer
     from irkit.transformer.cache import KVCache
+    from irkit.transformer.sampling import Sampled
 
 
 def generate(
@@ -47,26 +49,38 @@ def generate(
     new = ids[cached:]
     top = options.top_logprobs > 0
     while not writer.reason:
-        length, sampled = len(cache.ids) + len(new), None
+        if cancelled.is_set() or cache.closed.is_set():
+            writer.reason = "cancelled"
+            break
+        length = len(cache.ids) + len(new)
         runtime.prepare(cache.capacity(length), cache.capacity(length + AHEAD), top)
-        for arrays, part in chunks(runtime, cache, new):
-            if cancelled.is_set() or cache.closed.is_set():
-                writer.reason = "cancelled"
-                break
-            cache.arrays, sampled = runtime.read(arrays, part, len(cache.ids), settings, top)
-            # jax returns before the work is done: without waiting, a whole prompt would be under way at once.
-            sampled.token.block_until_ready()
+        several = writer.count > 0 and runtime.at_once > 1 and len(cache.ids) + runtime.at_once <= cache.n_ctx
+        if several:
+            arrays = room(runtime, cache, runtime.at_once)
+            cache.arrays, sampled = runtime.decode(arrays, new[0], len(cache.ids), settings, top)
+        else:
+            sampled = None
+            for arrays, part in chunks(runtime, cache, new):
+                if cancelled.is_set() or cache.closed.is_set():
+                    writer.reason = "cancelled"
+                    break
+                cache.arrays, sampled = runtime.read(arrays, part, len(cache.ids), settings, top)
+                # jax returns before the work is done: without waiting, a whole prompt would be under way at once.
+                sampled.token.block_until_ready()
         if options.num_predict == 0:
             writer.reason = "length"
-        if sampled is None or writer.reason:
-            break
-        token = int(sampled.token[0])
-        text = writer.write(token)
-        last = time.perf_counter()
-        first = last if writer.count == 1 else first
-        likeliest = alternatives(tokenizer, *sampled.top, options.top_logprobs)
-        generation._put(Token(token, text, float(sampled.logprob[0]), likeliest, last - asked))
-        new = [token]
+        for drawn in one_by_one(sampled):
+            if writer.reason:
+                break
+            if several:
+                cache.ids.extend(new)
+            token = int(drawn.token[0])
+            text = writer.write(token)
+            last = time.perf_counter()
+            first = last if writer.count == 1 else first
+            likeliest = alternatives(tokenizer, *drawn.top, options.top_logprobs)
+            generation._put(Token(token, text, float(drawn.logprob[0]), likeliest, last - asked))
+            new = [token]
     stats = Stats(
         prompt_tokens=len(ids),
         cached_tokens=cached,
@@ -108,20 +122,39 @@ class Writer:
         return self._stops.push(self._stream.flush()) + self._stops.flush()
 
 
-def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple[KVCache, Sequence[int]]]:
-    """The parts in which to read `ids` into `cache`, each with the arrays, grown to have room for it.
+def one_by_one(sampled: Sampled | None) -> Iterator[Sampled]:
+    """What was drawn in one call, token by token, on the host."""
+    if sampled is None:
+        return
+    drawn = jax.device_get(sampled)
+    if drawn.token.ndim == 1:
+        yield drawn
+    else:
+        yield from (jax.tree.map(itemgetter(step), drawn) for step in range(len(drawn.token)))
 
-    Whoever takes a part reads it, and leaves the new arrays in `cache.arrays`, before taking the next.
-    """
-    capacity = cache.capacity(len(cache.ids) + len(ids))
+
+def room(runtime: Runtime, cache: Cache, tokens: int) -> KVCache:
+    """The cache's arrays, grown to have room for as many more tokens."""
+    capacity = cache.capacity(len(cache.ids) + tokens)
     if cache.arrays is None:
         cache.arrays = runtime.empty(capacity)
     elif cache.arrays.capacity < capacity:
         cache.arrays = runtime.grow(cache.arrays, capacity)
+    return cache.arrays
+
+
+def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple[KVCache, Sequence[int]]]:
+    """The parts in which to read `ids` into `cache`, each with the arrays, which have room for all of them.
+
+    Whoever takes a part reads it, and leaves the new arrays in `cache.arrays`, before taking the next.
+    """
+    arrays = room(runtime, cache, len(ids))
     done = 0
     while done < len(ids):
-        part = ids[done : done + chunk(len(ids) - done, cache.arrays.capacity - len(cache.ids))]
-        yield cache.arrays, part
+        part = ids[done : done + chunk(len(ids) - done, arrays.capacity - len(cache.ids), runtime.chunks)]
+        yield arrays, part
+        assert cache.arrays is not None
+        arrays = cache.arrays
         cache.ids.extend(part)
         done += len(part)
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,7 +58,7 @@ class Model:
 
     def __init__(self, path: Path, precision: Precision, backend: Backend | None, threads: int | None) -> None:
         self.path = path
-        self.precision = precision
+        self.precision: Precision = precision
         self.backend: Backend | None = backend
         self.threads = threads
         self.file = gguf.open(path)
@@ -99,16 +99,9 @@ class Model:
         return self._runtime
 
     def _load(self) -> Runtime:
-        weights = families.weights(self.file, self.config)
-        places = _places(self.file, weights)
-        # First jax, alone: reading beside its import delays both. Beside loading programs it costs nothing.
         from irkit.engine.runtime import Runtime
 
-        with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
-            reading = _map(
-                weights, lambda weight: pool.submit(families.read_weight, self.file, weight, places.get(weight.name))
-            )
-            return Runtime(self, reading)
+        return Runtime(self)
 
     def generate(self, ids: Sequence[int], options: GenerateOptions, cache: Cache) -> Generation:
         """An answer to `ids`, which is being made when this returns.
@@ -206,7 +199,17 @@ class Model:
             chat_template="tokenizer.chat_template" in meta,
             precision=self.precision,
             backend=selected.line,
+            kernels=_kernels(self.precision, selected.name),
         )
+
+
+def _kernels(precision: Precision, backend: Backend) -> str:
+    """Which kernels compute for a session, as `Info` shows it."""
+    from irkit.kernels.cpu import library
+
+    if backend != "cpu":
+        return "xla"
+    return library.describe() if precision == "fast" else "xla (precision is exact)"
 
 
 def _check_fits(tokens: int, n_ctx: int) -> None:
@@ -214,34 +217,6 @@ def _check_fits(tokens: int, n_ctx: int) -> None:
         raise OptionError("the text is empty, and the model has no token to begin a text with")
     if tokens > n_ctx:
         raise ContextFullError(f"the text has {tokens} tokens; the context holds {n_ctx}")
-
-
-def _places(file: gguf.File, weights: Any) -> dict[str, np.ndarray]:
-    """Room for each weight in one piece of memory, each at a multiple of 64 bytes, as XLA wants it.
-
-    Linux gives one large piece in large pages: touched for the first time, it costs a third of many small ones.
-    """
-    found: list[families.Weight] = []
-    _map(weights, found.append)
-    # A file may lie about its shapes: room is for what the tensors in it hold, not for what its metadata says.
-    found = [w for w in found if w.name in file.tensors and file.tensors[w.name].shape == w.shape]
-    sizes = [-(-math.prod(weight.shape) // 16) * 16 for weight in found]
-    arena = np.empty(sum(sizes) + 16, np.float32)
-    start = -arena.ctypes.data % 64 // 4
-    places = {}
-    for weight, size in zip(found, sizes, strict=True):
-        places[weight.name] = arena[start : start + math.prod(weight.shape)].reshape(weight.shape)
-        start += size
-    return places
-
-
-def _map(tree: Any, function: Any) -> Any:
-    """`function` of every leaf of nested dicts and lists: jax.tree.map, for where jax is not imported yet."""
-    if isinstance(tree, dict):
-        return {key: _map(value, function) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_map(value, function) for value in tree]
-    return function(tree)
 
 
 def _main_format(file: gguf.File) -> str:

@@ -116,14 +116,14 @@ def _write(path: Path, data: bytes) -> None:
 def _surroundings(device: Device) -> str:
     """Everything outside a program's own definition that its machine code depends on."""
     package = Path(__file__).parent.parent
-    traced = ("engine/steps.py", "transformer/*.py", "kernels/*.py")
+    # What is traced, and the kernels that it calls, which also say how much room they need.
+    traced = ("engine/steps.py", "transformer/*.py", "kernels/**/*.py", "kernels/cpu/libirkit_kernels.*")
     sources = sorted(path for pattern in traced for path in package.glob(pattern))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    threads, flags = os.environ.get("NPROC"), os.environ.get("XLA_FLAGS")
+    chosen = [os.environ.get(name) for name in ("NPROC", "XLA_FLAGS", "IRKIT_KERNELS", "IRKIT_ISA")]
     hardware = (platform.system(), platform.machine(), _cpu_features(), device.platform, device.device_kind)
-    return repr(
-        (code, jax.__version__, jaxlib.version.__version__, device.client.platform_version, hardware, threads, flags)
-    )
+    versions = (jax.__version__, jaxlib.version.__version__, device.client.platform_version)
+    return repr((code, versions, hardware, chosen))
 
 
 def _cpu_features() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from irkit import families
-from irkit.engine import backends, steps
+from irkit.engine import backends, steps, weights
 from irkit.engine.cache import SMALLEST
 from irkit.engine.programs import Device, Program, load_or_compile
+from irkit.kernels import cpu
+from irkit.kernels.cpu import library
 from irkit.options import SamplingOptions
 from irkit.transformer import cache as kv
 from irkit.transformer import sampling
@@ -26,58 +29,80 @@ if TYPE_CHECKING:
 
 CHUNKS = (1, 8, 32, 128, 512)
 """How many tokens a program reads at once; 1 is decoding."""
+FEW_CHUNKS = (1, 32, 512)
+"""The same for the CPU's kernels, which do not compute padding."""
+AT_ONCE = 4
+"""Tokens that one call decodes where a call costs much beside a token."""
+_SMALL_BYTES = 400e6
+"""Weights up to which that is so: four tokens of such a model come within a tenth of a second."""
 
 # Half precision where the backend multiplies fastest in it.
 _FAST = {"cuda": jnp.bfloat16, "metal": jnp.float16, "mps": jnp.float16}
 
 
-def chunk(remaining: int, room: int) -> int:
+def chunk(remaining: int, room: int, sizes: Sequence[int] = CHUNKS) -> int:
     """How many of `remaining` tokens to read next, where the cache has `room` for padding and all.
 
-    As many as fill a program by more than half: a padded token costs as much as a real one.
+    As many as fill a program by more than half where a padded token costs as much as a real one.
     """
-    size = next((size for size in CHUNKS if size >= remaining), CHUNKS[-1])
-    if size > room or (size > CHUNKS[1] and 2 * remaining <= size):
-        size = max(size for size in CHUNKS if size <= min(remaining, room))
+    size = next((size for size in sizes if size >= remaining), sizes[-1])
+    half_empty = sizes is CHUNKS and size > sizes[1] and 2 * remaining <= size
+    if size > room or half_empty:
+        size = max(size for size in sizes if size <= min(remaining, room))
     return min(remaining, size)
 
 
 class Runtime:
     """What the device's thread computes with, one sequence at a time."""
 
-    def __init__(self, model: Model, reading: Any) -> None:
-        """`reading` is the tree of the model's weights, each a future of a float32 numpy array or None."""
+    def __init__(self, model: Model) -> None:
+        """Read the model's weights; the first programs are loaded or compiled beside that."""
         selected = backends.select(model.backend, model.threads)
-        fast = model.precision == "fast" and selected.name in _FAST
+        fast = model.precision == "fast"
         self.config = model.config
         self.device = selected.device
-        self.dtype = jnp.dtype(_FAST[selected.name] if fast else jnp.float32)
+        self.threads = selected.threads
+        self.dtype = jnp.dtype(_FAST[selected.name] if fast and selected.name in _FAST else jnp.float32)
         # Sorting and branching are what Apple's backends are worst at: there the CPU draws the tokens.
         self._drawer = jax.devices("cpu")[0] if selected.name in ("metal", "mps") else self.device
+        kernels = library.load() if fast and selected.name == "cpu" and library.register() else None
+        self.packed = kernels is not None
+        self.cache_dtype = jnp.dtype(jnp.float16) if self.packed else self.dtype
+        self.chunks = FEW_CHUNKS if self.packed else CHUNKS
         # An example for compiling: made once, since every step asks for its program.
         self._any_settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)
         self._programs: dict[tuple[Any, ...], Future[Program]] = {}
         self._compiling = threading.Lock()
-        self._shapes = jax.tree.map(
-            lambda weight: self._shape(weight) if weight.is_in(model.file) else None,
-            families.weights(model.file, model.config),
-        )
-        # One thread, in the order of need: two would make the first program wait for the second.
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
-        self._prepared: set[tuple[int, int, bool]] = set()
-        # What nearly every answer begins with: loaded or compiled while the weights are being read.
-        capacity = min(SMALLEST, model.config.n_ctx)
-        self._background.submit(self._reader, 32, capacity, False)
-        self.prepare(capacity, capacity, top=False)
-        self.params = jax.tree.map(self._place, reading)
+        plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
+        self._shapes = weights.tree_map(self._shape, plans)
+        self.at_once = AT_ONCE if self.packed and weights.total(plans) <= _SMALL_BYTES else 1
+        with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
+            reading = weights.read(model.file, plans, kernels, pool)
+            # One thread, in the order of need: two would make the first program wait for the second.
+            self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
+            self._prepared: set[tuple[int, int, bool]] = set()
+            # What nearly every answer begins with: loaded or compiled while the weights are being read.
+            capacity = min(SMALLEST, model.config.n_ctx)
+            self._background.submit(self._reader, 32, capacity, False)
+            self.prepare(capacity, capacity, top=False)
+            self.params = weights.tree_map(self._place, reading)
 
-    def _shape(self, weight: families.Weight) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(weight.shape, self.dtype if len(weight.shape) == 2 else jnp.float32)
-
-    def _place(self, reading: Future[np.ndarray | None]) -> jax.Array | None:
-        value = reading.result()
-        if value is None:
+    def _shape(self, plan: weights.Plan | None) -> Any:
+        if plan is None:
             return None
+        shape = plan.weight.shape
+        if plan.form is not None:
+            rows, cols = shape
+            return cpu.Packed(jax.ShapeDtypeStruct((plan.nbytes,), jnp.uint8), plan.form, (rows, cols))
+        return jax.ShapeDtypeStruct(shape, self.dtype if len(shape) == 2 else jnp.float32)
+
+    def _place(self, reading: tuple[weights.Plan, Callable[[], np.ndarray]] | None) -> Any:
+        if reading is None:
+            return None
+        plan, value = reading[0], reading[1]()
+        if plan.form is not None:
+            rows, cols = plan.weight.shape
+            return cpu.Packed(jax.device_put(value, self.device), plan.form, (rows, cols))
         return jax.device_put(value.astype(self.dtype, copy=False) if value.ndim == 2 else value, self.device)
 
     def settings(self, options: SamplingOptions, seed: int) -> Settings:
@@ -86,7 +111,7 @@ class Runtime:
 
     def empty(self, capacity: int) -> KVCache:
         """A cache with room for `capacity` tokens."""
-        shape = {"config": self.config, "batch": 1, "capacity": capacity, "dtype": self.dtype}
+        shape = {"config": self.config, "batch": 1, "capacity": capacity, "dtype": self.cache_dtype}
         return self._program(kv.empty, (capacity,), lambda: (), **shape)()
 
     def grow(self, cache: KVCache, capacity: int) -> KVCache:
@@ -101,10 +126,11 @@ class Runtime:
         if (capacity, soon, top) in self._prepared:
             return
         self._prepared.add((capacity, soon, top))
-        self._background.submit(self._reader, 1, capacity, top)
+        decoder = self._decoder if self.at_once > 1 else partial(self._reader, 1)
+        self._background.submit(decoder, capacity, top)
         if soon != capacity:
             self._background.submit(self._grower, capacity, soon)
-            self._background.submit(self._reader, 1, soon, top)
+            self._background.submit(decoder, soon, top)
 
     def read(
         self, cache: KVCache, ids: Sequence[int], start: int, settings: Settings, top: bool
@@ -113,11 +139,11 @@ class Runtime:
 
         `top` asks for the `steps.TOP` likeliest tokens too.
         """
-        tokens, where = _padded(ids), (_one(start), _one(len(ids)))
+        tokens, where = self._padded(ids), (_one(start), _one(len(ids)))
         program = self._reader(tokens.shape[1], cache.capacity, top)
         if self._drawer is self.device:
-            return program(self.params, cache, tokens, *where, settings)
-        cache, logits = program(self.params, cache, tokens, *where)
+            return self._call(program, cache, tokens, *where, settings)
+        cache, logits = self._call(program, cache, tokens, *where)
         seen = jax.device_put((logits, cache.tokens), self._drawer)
         draw = self._program(
             sampling.sample,
@@ -127,6 +153,15 @@ class Runtime:
             top=steps.TOP if top else 0,
         )
         return cache, draw(*seen, _one(start + len(ids)), settings)
+
+    def decode(self, cache: KVCache, token: int, start: int, settings: Settings, top: bool) -> tuple[KVCache, Sampled]:
+        """Read `token`, which stands at `start`, and draw the next `at_once` tokens, the first axis of the result."""
+        program = self._decoder(cache.capacity, top)
+        return self._call(program, cache, np.array([[token]], np.int32), _one(start), settings)
+
+    def _decoder(self, capacity: int, top: bool) -> Program:
+        static = {"top": steps.TOP if top else 0, "steps": self.at_once}
+        return self._text_program(steps.decode, 1, capacity, self._any_settings, **static)
 
     def _reader(self, size: int, capacity: int, top: bool) -> Program:
         if self._drawer is not self.device:
@@ -138,15 +173,15 @@ class Runtime:
         self, cache: KVCache, ids: Sequence[int], start: int, targets: Sequence[int]
     ) -> tuple[KVCache, jax.Array, tuple[jax.Array, jax.Array]]:
         """Read `ids`; the log-probability of each of `targets` after the id at its index."""
-        tokens, wanted = _padded(ids), _padded(targets)
-        program = self._text_program(steps.score, tokens.shape[1], cache.capacity, wanted, top=steps.TOP)
-        return program(self.params, cache, tokens, _one(start), wanted)
+        tokens, rest = self._padded(ids), (_one(len(ids)), self._padded(targets))
+        program = self._text_program(steps.score, tokens.shape[1], cache.capacity, *rest, top=steps.TOP)
+        return self._call(program, cache, tokens, _one(start), *rest)
 
     def pool(self, cache: KVCache, ids: Sequence[int], start: int) -> tuple[KVCache, jax.Array, jax.Array]:
         """Read `ids`; the sum of their final hidden states, and the last of these."""
-        tokens, count = _padded(ids), _one(len(ids))
+        tokens, count = self._padded(ids), _one(len(ids))
         program = self._text_program(steps.pool, tokens.shape[1], cache.capacity, count)
-        return program(self.params, cache, tokens, _one(start), count)
+        return self._call(program, cache, tokens, _one(start), count)
 
     def _text_program(
         self, function: Callable[..., Any], size: int, capacity: int, *rest: Any, **static: Any
@@ -158,9 +193,20 @@ class Runtime:
 
         return self._program(function, (size, capacity), arguments, donate=1, config=self.config, **static)
 
+    def _call(self, program: Program, *arguments: Any) -> Any:
+        if self.packed:
+            library.set_threads(self.threads)  # the number is the process's, and another model may have its own
+        return program(self.params, *arguments)
+
+    def _padded(self, ids: Sequence[int]) -> np.ndarray:
+        """One row of `ids`, filled up to the next size that a program reads."""
+        row = np.zeros((1, next(size for size in self.chunks if size >= len(ids))), np.int32)
+        row[0, : len(ids)] = ids
+        return row
+
     def _cache(self, capacity: int) -> KVCache:
         config = self.config
-        layer = jax.ShapeDtypeStruct((1, config.n_kv_heads, capacity, config.d_head), self.dtype)
+        layer = jax.ShapeDtypeStruct((1, config.n_kv_heads, capacity, config.d_head), self.cache_dtype)
         layers: Any = [layer] * config.n_layers
         return KVCache(layers, layers, jax.ShapeDtypeStruct((1, capacity), jnp.int32))  # pyright: ignore[reportArgumentType]
 
@@ -191,14 +237,6 @@ class Runtime:
                     del self._programs[key]  # the next call tries again
                 program.set_exception(error)
         return program.result()
-
-
-def _padded(ids: Sequence[int]) -> np.ndarray:
-    """One row of `ids`, filled up to the next size that a program reads."""
-    size = next(size for size in CHUNKS if size >= len(ids))
-    row = np.zeros((1, size), np.int32)
-    row[0, : len(ids)] = ids
-    return row
 
 
 def _one(value: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from irkit.kernels import cpu, xla
 from irkit.transformer.decoder import Params, forward
 from irkit.transformer.sampling import Sampled, Settings, sample
 
@@ -35,7 +36,8 @@ def read(
     config: Config,
 ) -> tuple[KVCache, Float[Array, "b v"]]:
     """The logits after the last token that counts."""
-    logits, cache, _ = forward(params, tokens, positions(tokens, start), cache, config=config, last=count - 1)
+    where = positions(tokens, start)
+    logits, cache, _ = forward(params, tokens, where, cache, config=config, count=count, only_last=True)
     return cache, logits[:, 0]
 
 
@@ -52,7 +54,31 @@ def read_and_sample(
 ) -> tuple[KVCache, Sampled]:
     """The token drawn after the last one that counts."""
     cache, logits = read(params, cache, tokens, start, count, config=config)
-    return cache, sample(logits, cache.tokens, start + count, settings, top=top)
+    kernels = cpu if isinstance(params["embed"], cpu.Packed) else xla
+    return cache, sample(logits, cache.tokens, start + count, settings, top=top, kernels=kernels)
+
+
+def decode(
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Array, "b 1"],
+    start: Int[Array, " b"],
+    settings: Settings,
+    *,
+    config: Config,
+    top: int,
+    steps: int,
+) -> tuple[KVCache, Sampled]:
+    """`steps` tokens, each drawn and then read in turn: they are the first axis of what was drawn."""
+
+    def step(state: tuple[KVCache, Array, Array], _: None) -> tuple[tuple[KVCache, Array, Array], Sampled]:
+        cache, tokens, start = state
+        one = jnp.ones_like(start)
+        cache, sampled = read_and_sample(params, cache, tokens, start, one, settings, config=config, top=top)
+        return (cache, sampled.token[:, None], start + 1), sampled
+
+    (cache, *_), drawn = lax.scan(step, (cache, tokens, start), None, length=steps)
+    return cache, drawn
 
 
 def score(
@@ -60,13 +86,14 @@ def score(
     cache: KVCache,
     tokens: Int[Array, "b t"],
     start: Int[Array, " b"],
+    count: Int[Array, " b"],
     targets: Int[Array, "b t"],
     *,
     config: Config,
     top: int,
 ) -> tuple[KVCache, Float[Array, "b t"], tuple[Int[Array, "b t top"], Float[Array, "b t top"]]]:
     """The log-probability of each of `targets` after the token at its index, and the likeliest there."""
-    logits, cache, _ = forward(params, tokens, positions(tokens, start), cache, config=config)
+    logits, cache, _ = forward(params, tokens, positions(tokens, start), cache, config=config, count=count)
     normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     values, ids = lax.top_k(logits, min(top, logits.shape[-1]))
     logprob = jnp.take_along_axis(logits, targets[..., None], axis=-1) - normalizer
@@ -84,7 +111,8 @@ def pool(
 ) -> tuple[KVCache, Float[Array, "b d"], Float[Array, "b d"]]:
     """The sum over the tokens that count of their final normed hidden states, and the last of these."""
     name = "ln_final.hook_normalized"
-    _, cache, captures = forward(params, tokens, positions(tokens, start), cache, config=config, spec=(name,))
+    where = positions(tokens, start)
+    _, cache, captures = forward(params, tokens, where, cache, config=config, spec=(name,), count=count)
     hidden = captures[name] * params["ln_final"]
     index = jnp.arange(tokens.shape[1])
     total = jnp.sum(jnp.where((index < count[:, None])[..., None], hidden, 0), axis=1)

@@ -17,6 +17,7 @@ from irkit.errors import ModelFileError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from irkit.gguf import File
+    from irkit.gguf.reader import TensorInfo
     from irkit.transformer.config import Config
 
 
@@ -72,6 +73,20 @@ def weights(file: File, config: Config) -> dict[str, Any]:
     return family(file).weights(config)
 
 
+def tensor(file: File, weight: Weight) -> TensorInfo:
+    """The tensor that a parameter is read from.
+
+    Raises:
+        ModelFileError: it is missing or has another shape.
+    """
+    info = file.tensor(weight.name)
+    if info.shape != weight.shape:
+        raise ModelFileError(
+            f"{file.path}: tensor {weight.name!r} has shape {list(info.shape)}, not {list(weight.shape)}"
+        )
+    return info
+
+
 def read_weight(file: File, weight: Weight, out: np.ndarray | None = None) -> np.ndarray | None:
     """The parameter as float32 numpy array, in `out` if given; None where it is optional and not in the file.
 
@@ -83,11 +98,7 @@ def read_weight(file: File, weight: Weight, out: np.ndarray | None = None) -> np
         return weight.derive(file)
     if not weight.is_in(file):
         return None
-    info = file.tensor(weight.name)
-    if info.shape != weight.shape:
-        raise ModelFileError(
-            f"{file.path}: tensor {weight.name!r} has shape {list(info.shape)}, not {list(weight.shape)}"
-        )
+    info = tensor(file, weight)
     if not weight.paired_heads:
         return file.dequantize(weight.name, out)
     from irkit import gguf

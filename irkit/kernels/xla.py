@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 # float32 weights are there for exactness: no backend may round them to its fast format on the way.
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def take(matrix: Float[Array, "o i"], ids: Int[Array, "b t"]) -> Float[Array, "b t i"]:
+    """The rows `ids` of `matrix`, in float32; ids outside it are clipped to it."""
+    return jnp.take(matrix, ids, axis=0, mode="clip").astype(jnp.float32)
 
 
 def linear(x: Float[Array, "b t i"], weight: Float[Array, "o i"]) -> Float[Array, "b t o"]:
@@ -31,13 +37,14 @@ def attention(
     values: Float[Array, "b k c h"],
     positions: Int[Array, "b t"],
     scale: float,
-    tap: Callable[[str, Array], Array] = lambda name, value: value,
+    tap: Callable[[str, Array], Array] | None = None,
 ) -> Float[Array, "b t k*g h"]:
     """Causal attention of the queries over the cache; neighbouring query heads share a key/value head.
 
     `positions` are the queries' own: each sees the cache up to and including its position. `tap` is shown
-    the scores and the probabilities, `[b, head, query, key]`, and what it returns is used.
+    the scores and the probabilities, `[b, head, query, key]`, if given, and what it returns is used.
     """
+    tap = tap or (lambda name, value: value)
     b, t, heads, h = q.shape
     k, c = keys.shape[1:3]
     grouped = q.reshape(b, t, k, heads // k, h).astype(keys.dtype)
@@ -50,3 +57,14 @@ def attention(
     grouped_pattern = pattern.reshape(b, k, heads // k, t, c).astype(values.dtype)
     z = _einsum("bkgtc,bkch->btkgh", grouped_pattern, values)
     return z.reshape(b, t, heads, h)
+
+
+def top_k(x: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """The `k` largest of each row and their places, largest first, equal ones in the order of their places."""
+    values, ids = lax.top_k(x, k)
+    return values, ids
+
+
+def logsumexp(x: Float[Array, "b v"]) -> Float[Array, "b 1"]:
+    """The logarithm of each row's sum of exponentials."""
+    return jax.nn.logsumexp(x, axis=-1, keepdims=True)

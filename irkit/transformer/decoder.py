@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from irkit.kernels import attention, linear
+from irkit.kernels import cpu, linear, take, xla
 from irkit.transformer.cache import KVCache, write, write_tokens
 from irkit.transformer.config import Config
 from irkit.transformer.taps import Taps
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Params = dict[str, Any]
 """`embed` [v, d], `unembed` [v, d] or None where tied to `embed`, `ln_final` [d], `inv_freq` [rotary_dim/2],
-and `blocks`, a dict for each layer. Matrices are [out, in]; biases are None where the model has none."""
+and `blocks`, a dict for each layer. Matrices are [out, in], arrays or `irkit.kernels.cpu.Packed`; biases are None
+where the model has none."""
 
 
 def forward(
@@ -33,7 +34,8 @@ def forward(
     *,
     config: Config,
     spec: Collection[str] = (),
-    last: Int[Array, " b"] | None = None,
+    count: Int[Array, " b"] | None = None,
+    only_last: bool = False,
 ) -> tuple[Float[Array, "b t v"], KVCache, dict[str, Array]]:
     """Read `tokens` at consecutive `positions`, after what `cache` holds before them.
 
@@ -46,7 +48,9 @@ def forward(
         cache: Donate it when jitting: the result holds its successor.
         config: The model's shape.
         spec: Full names of the hook points to capture (`irkit.transformer.taps`).
-        last: If given, only the logits at this index of each row are computed, and t is 1 in them.
+        count: How many tokens of each row count, the rest being padding; all, if not given. What is returned for
+            the padding has no meaning.
+        only_last: Compute the logits after the last token that counts only; t is 1 in them.
 
     Returns:
         Float32 logits, the cache with these tokens in it, and the captured values by name.
@@ -54,17 +58,25 @@ def forward(
     tap = Taps(spec)
     start = positions[:, 0]
     rotation = rotary(positions, params["inv_freq"])
-    resid = tap("hook_embed", jnp.take(params["embed"], tokens, axis=0, mode="clip").astype(jnp.float32))
+    if count is None:
+        count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    resid = tap("hook_embed", take(params["embed"], tokens))
     keys, values = [], []
     for index, block in enumerate(params["blocks"]):
         layer_tap = tap.layer(index)
         old = cache.keys[index], cache.values[index]
-        resid, new = layer(block, resid, old, positions, rotation, config, layer_tap)
+        resid = layer_tap("hook_resid_pre", resid)
+        if cpu.can_fuse(block, config) and not layer_tap.wants_inside():
+            resid, new = cpu.layer(block, resid, old, start, count, rotation, config)
+        else:
+            resid, new = layer(block, resid, old, positions, rotation, config, layer_tap)
+        resid = layer_tap("hook_resid_post", resid)
         keys.append(new[0])
         values.append(new[1])
-    if last is not None:
+    if only_last:
+        rows = range(resid.shape[0])
         resid = jnp.concatenate(
-            [lax.dynamic_slice_in_dim(resid[row : row + 1], last[row], 1, axis=1) for row in range(resid.shape[0])]
+            [lax.dynamic_slice_in_dim(resid[row : row + 1], count[row] - 1, 1, axis=1) for row in rows]
         )
     normed = rms_norm(resid, params["ln_final"], config.eps, tap, "ln_final")
     unembed = params["unembed"] if params["unembed"] is not None else params["embed"]
@@ -82,7 +94,6 @@ def layer(
     tap: Taps,
 ) -> tuple[Float[Array, "b t d"], tuple[Array, Array]]:
     """One block: attention and MLP, each behind a norm, each added to the residual stream."""
-    resid = tap("hook_resid_pre", resid)
     normed = rms_norm(resid, block["ln1"], config.eps, tap, "ln1")
     q = tap("attn.hook_q", heads(affine(normed, block, "q"), config.n_heads))
     k = tap("attn.hook_k", heads(affine(normed, block, "k"), config.n_kv_heads))
@@ -90,18 +101,28 @@ def layer(
     q = tap("attn.hook_rot_q", rotate(q, *rotation))
     k = tap("attn.hook_rot_k", rotate(k, *rotation))
     cached = write(cached[0], k, positions[:, 0]), write(cached[1], v, positions[:, 0])
-    z = tap("attn.hook_z", attention(q, *cached, positions, config.attention_scale, tap))
+    attention = cpu.attention if isinstance(block["o"], cpu.Packed) else xla.attention
+    looked_at = tap.wants("attn.hook_attn_scores") or tap.wants("attn.hook_pattern")
+    z = attention(q, *cached, positions, config.attention_scale, tap if looked_at else None)
+    z = tap("attn.hook_z", z)
     if tap.wants("attn.hook_result"):
-        per_head = block["o"].reshape(config.d_model, config.n_heads, config.d_head)
-        result = jnp.einsum("btHh,dHh->btHd", z, per_head.astype(z.dtype), precision=lax.Precision.HIGHEST)
-        tap("attn.hook_result", result)
+        tap("attn.hook_result", by_head(z, block["o"]))
     attn_out = tap("hook_attn_out", affine(z.reshape(*z.shape[:2], -1), block, "o"))
     resid = tap("hook_resid_mid", resid + attn_out)
     normed = rms_norm(resid, block["ln2"], config.eps, tap, "ln2")
     gate = tap("mlp.hook_pre", affine(normed, block, "gate"))
     up = tap("mlp.hook_pre_linear", affine(normed, block, "up"))
     mlp_out = tap("hook_mlp_out", affine(tap("mlp.hook_post", silu(gate) * up), block, "down"))
-    return tap("hook_resid_post", resid + mlp_out), cached
+    return resid + mlp_out, cached
+
+
+def by_head(z: Float[Array, "b t H h"], o: Array | cpu.Packed) -> Float[Array, "b t H d"]:
+    """What each head adds to the stream: the output matrix, of one head's values at a time."""
+    if isinstance(o, cpu.Packed):
+        alone = z[..., :, None, :] * jnp.eye(z.shape[2])[:, :, None]  # [b, t, H, H, h], zero but for the head's own
+        return linear(alone.reshape(z.shape[0], -1, z.shape[2] * z.shape[3]), o).reshape(*z.shape[:3], -1)
+    per_head = o.reshape(-1, *z.shape[2:]).astype(z.dtype)
+    return jnp.einsum("btHh,dHh->btHd", z, per_head, precision=lax.Precision.HIGHEST)
 
 
 def affine(x: Float[Array, "b t i"], block: Params, name: str) -> Float[Array, "b t o"]:

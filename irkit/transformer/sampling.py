@@ -7,13 +7,16 @@ changing one compiles nothing. Letters: b batch, v vocabulary, n candidates, c p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from irkit.kernels import xla
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt32
@@ -79,14 +82,18 @@ def sample(
     s: Settings,
     *,
     top: int,
+    kernels: ModuleType = xla,
 ) -> Sampled:
-    """Draw one token a row; `length` says how much of `history` counts, `top` how many likeliest to report."""
+    """Draw one token a row; `length` says how much of `history` counts, `top` how many likeliest to report.
+
+    `kernels` is where `top_k` and `logsumexp` come from.
+    """
     processed = penalize(logits + s.bias, history, length, s)
     keys = jax.vmap(jax.random.fold_in)(s.key, length)
     random = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
     def draw(values: Array, ids: Array) -> Array:
-        odds = chain(values, xtc=random[:, 0] < s.xtc_probability, sigma=jnp.std(processed, axis=-1), s=s)
+        odds = chain(values, xtc=random[:, 0] < s.xtc_probability, sigma=deviation(processed, s), s=s)
         cumulative = jnp.cumsum(odds, axis=-1)
         passed = cumulative <= random[:, 1:] * cumulative[:, -1:]
         # Rounding may carry the sum past the last token with any odds: stay on it.
@@ -94,21 +101,31 @@ def sample(
         index = jnp.minimum(jnp.sum(passed, axis=-1, keepdims=True), last)
         return jnp.take_along_axis(ids, index, axis=-1)[:, 0]
 
-    token = on_sorted(draw, processed, s)
-    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    token = on_sorted(draw, processed, s, kernels)
+    normalizer = kernels.logsumexp(logits)
     values, ids = (
-        lax.top_k(logits, top) if top else (jnp.zeros((logits.shape[0], 0)), jnp.zeros((logits.shape[0], 0), int))
+        kernels.top_k(logits, top) if top else (jnp.zeros((logits.shape[0], 0)), jnp.zeros((logits.shape[0], 0), int))
     )
     logprob = jnp.take_along_axis(logits, token[:, None], axis=-1) - normalizer
     return Sampled(token, logprob[:, 0], (ids, values - normalizer))
 
 
-def on_sorted(function: Callable[[Array, Array], Array], logits: Float[Array, "b v"], s: Settings) -> Array:
+def deviation(logits: Float[Array, "b v"], s: Settings) -> Float[Array, " b"]:
+    """The standard deviation of each row, where `top_n_sigma` asks for it."""
+    asked = jnp.any(s.top_n_sigma > 0)
+    return lax.cond(asked, partial(jnp.std, axis=-1), lambda logits: jnp.zeros(logits.shape[0]), logits)
+
+
+def on_sorted(
+    function: Callable[[Array, Array], Array], logits: Float[Array, "b v"], s: Settings, kernels: ModuleType = xla
+) -> Array:
     """`function(values, ids)` of the candidates in falling order; equal logits in rising order of their ids."""
     few = min(CANDIDATES, logits.shape[-1])
+    # Outside the branch that needs it: within one, XLA on the CPU knows no other way than to sort the whole row.
+    top = kernels.top_k(logits, few)
 
     def of_few(logits: Array) -> Array:
-        return function(*lax.top_k(logits, few))
+        return function(*top)
 
     def of_all(logits: Array) -> Array:
         ids = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
@@ -192,7 +209,7 @@ def _distribution() -> Callable[..., Array]:
     @jax.jit
     def distribution(logits: Array, history: Array, length: Array, s: Settings) -> Array:
         processed = penalize(logits + s.bias, history, length, s)
-        sigma = jnp.std(processed, axis=-1)
+        sigma = deviation(processed, s)
         often = s.xtc_probability[:, None]
 
         def odds(values: Array, ids: Array) -> Array:

@@ -82,6 +82,11 @@ class Taps:
         """Whether a value is asked for; for values that would not be computed otherwise."""
         return self.prefix + name in self.spec
 
+    def wants_inside(self) -> bool:
+        """Of one layer's: whether any value is asked for other than the stream as it enters and leaves."""
+        outside = (self.prefix + "hook_resid_pre", self.prefix + "hook_resid_post")
+        return any(name.startswith(self.prefix) and name not in outside for name in self.spec)
+
     def __call__(self, name: str, value: Array) -> Array:
         """`value`, which stands at the hook point `name`."""
         if self.wants(name):

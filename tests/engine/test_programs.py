@@ -39,10 +39,16 @@ def test_a_program_is_traced_once_and_then_loaded(folder: Path) -> None:
     assert len(list(folder.iterdir())) == 1
 
 
-def test_what_differs_is_another_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("XLA_FLAGS", "--xla_cpu_enable_fast_math=false"), ("IRKIT_KERNELS", "xla"), ("IRKIT_ISA", "generic")],
+)
+def test_what_differs_is_another_program(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
     assert get(by=2.0) != get(by=3.0)
     assert len(get(size=4)) == 4
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    monkeypatch.setenv(variable, value)
     programs._surroundings.cache_clear()
     try:
         get()

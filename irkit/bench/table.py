@@ -1,0 +1,54 @@
+"""A report as a table for the terminal."""
+
+import statistics
+from typing import TYPE_CHECKING
+
+from irkit.bench.measure import Measure, Report
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_LABELS = {
+    "import": "importing libraries",
+    "load": "loading, to a first token",
+    "first_token": "first token, prompt of {}",
+    "prefill": "prefill of {}",
+    "decode": "decode at context {}",
+    "of_bandwidth": "of memory bandwidth, at {}",
+    "peak_memory": "peak memory",
+}
+
+
+def as_table(report: Report) -> "Table":
+    """Medians over the runs, and irkit's values divided by the peer's."""
+    from rich.table import Table
+
+    bandwidth = statistics.median(report.bandwidth)
+    about = "\n".join(f"{engine}: {line}" for engine, line in report.engines.items())
+    table = Table(
+        title=f"{report.model} ({report.size / 1e6:.0f} MB)",
+        caption=f"medians of {len(report.bandwidth)} runs; memory read at {bandwidth / 1e9:.1f} GB/s by "
+        f"{report.threads} threads{', one core kept busy' * report.busy}\n{about}",
+        caption_justify="left",
+    )
+    table.add_column("", no_wrap=True)
+    for engine in report.engines:
+        table.add_column(engine, justify="right")
+    peers = [engine for engine in report.engines if engine != "irkit"]
+    for peer in peers:
+        table.add_column(f"irkit / {peer}", justify="right")
+    for measure in report.measures:
+        values = [_shown(measure, measure.median(engine)) for engine in report.engines]
+        ratios = [f"{measure.ratio(peer):.2f}" for peer in peers]
+        table.add_row(_LABELS[measure.name].format(measure.tokens), *values, *ratios)
+    return table
+
+
+def _shown(measure: Measure, value: float) -> str:
+    if measure.name == "of_bandwidth":
+        return f"{value:.0%}"
+    if measure.name == "peak_memory":
+        return f"{value / 1e6:,.0f} MB"
+    if measure.name in ("prefill", "decode"):
+        return f"{value:,.1f} tokens/s"
+    return f"{value * 1000:,.0f} ms"

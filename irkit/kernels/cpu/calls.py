@@ -1,0 +1,161 @@
+"""The CPU kernels as jax functions: custom calls into the library, inside the one compiled program.
+
+Activations are quantized to int8 in blocks of 32 on the way into a product with a coded form (`FORMS`); the sums
+are float32. Letters as in `irkit.kernels.xla`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from irkit.kernels import xla
+from irkit.kernels.cpu import library
+from irkit.kernels.cpu.packing import FORMS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    from irkit.transformer.config import Config
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+"""A block's matrices, in the order in which the layer's kernel takes them."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["form", "shape"])
+@dataclass(frozen=True)
+class Packed:
+    """A matrix `[out, in]` in one of the forms that the kernels read."""
+
+    data: Any
+    """uint8 `[bytes]`, laid out as src/forms.h says."""
+    form: str
+    shape: tuple[int, int]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What a kernel must be told of it."""
+        return {"form": np.int64(FORMS.index(self.form)), "rows": np.int64(self.shape[0])}
+
+
+def take(matrix: Packed, ids: Int[Array, "b t"]) -> Float[Array, "b t i"]:
+    """The rows `ids` of a packed matrix, in float32; ids outside it are clipped to it."""
+    result = jax.ShapeDtypeStruct((*ids.shape, matrix.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call("irkit_take", result)(matrix.data, ids, **matrix.attributes)
+
+
+def linear(x: Float[Array, "b t i"], matrix: Packed) -> Float[Array, "b t o"]:
+    """`x` times the transposed packed matrix."""
+    rows = int(np.prod(x.shape[:-1]))
+    results = (
+        jax.ShapeDtypeStruct((*x.shape[:-1], matrix.shape[0]), jnp.float32),
+        _scratch("irkit_linear_scratch", rows, matrix.shape[1]),
+    )
+    return jax.ffi.ffi_call("irkit_linear", results)(x, matrix.data, **matrix.attributes)[0]
+
+
+def attention(
+    q: Float[Array, "b t k*g h"],
+    keys: Float[Array, "b k c h"],
+    values: Float[Array, "b k c h"],
+    positions: Int[Array, "b t"],
+    scale: float,
+    tap: Callable[[str, Array], Array] | None = None,
+) -> Float[Array, "b t k*g h"]:
+    """As `irkit.kernels.xla.attention`, which it hands over to where `tap` is to see scores and probabilities."""
+    if tap is not None or q.shape[-1] % 16:
+        wide = keys.astype(jnp.float32), values.astype(jnp.float32)
+        return xla.attention(q, *wide, positions, scale, tap)
+    b, t, heads, h = q.shape
+    results = (
+        jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        _scratch("irkit_attention_scratch", b, t, heads, keys.shape[1], h),
+    )
+    count = jnp.full(b, t, jnp.int32)
+    call = jax.ffi.ffi_call("irkit_attention", results)
+    return call(q, keys, values, positions[:, 0], count, scale=np.float32(scale))[0]
+
+
+def top_k(x: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """As `jax.lax.top_k`."""
+    shape = (*x.shape[:-1], k)
+    results = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)
+    values, ids = jax.ffi.ffi_call("irkit_top_k", results)(x)
+    return values, ids
+
+
+def logsumexp(x: Float[Array, "b v"]) -> Float[Array, "b 1"]:
+    """As `jax.nn.logsumexp` over the last axis, which stays."""
+    return jax.ffi.ffi_call("irkit_logsumexp", jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32))(x)
+
+
+def can_fuse(block: dict[str, Any], config: Config) -> bool:
+    """Whether `layer` can compute this block."""
+    return config.d_head % 16 == 0 and all(isinstance(block[name], Packed) for name in MATRICES)
+
+
+def layer(
+    block: dict[str, Any],
+    resid: Float[Array, "b t d"],
+    cached: tuple[Array, Array],
+    start: Int[Array, " b"],
+    count: Int[Array, " b"],
+    rotation: tuple[Array, Array],
+    config: Config,
+) -> tuple[Float[Array, "b t d"], tuple[Array, Array]]:
+    """A whole block in one call: what `irkit.transformer.decoder.layer` computes, with the cache written in place.
+
+    Args:
+        block: The block's parameters, its matrices packed.
+        resid: The residual stream.
+        cached: Keys and values, `[b, k, c, h]`, float32 or float16.
+        start: Where the tokens stand.
+        count: How many tokens of each row count; what is returned for the others has no meaning.
+        rotation: Cosine and sine, `[b, t, 1, r]`.
+        config: The model's shape.
+    """
+    b, t, d = resid.shape
+    shapes = b, t, config.n_heads, config.n_kv_heads, config.d_head, d, config.d_mlp
+    results = (
+        jax.ShapeDtypeStruct(resid.shape, jnp.float32),
+        *(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in cached),
+        _scratch("irkit_layer_scratch", *shapes),
+    )
+    biases = [block[f"{name}_bias"] for name in MATRICES]
+    if any(bias is not None for bias in biases):
+        biases = [jnp.zeros(0, jnp.float32) if bias is None else bias for bias in biases]
+    else:
+        biases = []
+    call = jax.ffi.ffi_call("irkit_layer", results, input_output_aliases={5: 1, 6: 2})
+    resid, keys, values, _ = call(
+        resid,
+        start,
+        count,
+        *rotation,
+        *cached,
+        block["ln1"],
+        block["ln2"],
+        *(block[name].data for name in MATRICES),
+        *biases,
+        forms=np.array([FORMS.index(block[name].form) for name in MATRICES], np.int64),
+        n_heads=np.int64(config.n_heads),
+        d_mlp=np.int64(config.d_mlp),
+        eps=np.float32(config.eps),
+        scale=np.float32(config.attention_scale),
+    )
+    return resid, (keys, values)
+
+
+def _scratch(function: str, *sizes: int) -> jax.ShapeDtypeStruct:
+    """The memory that a kernel needs beside its results, as one more result: XLA shares it between the calls."""
+    size = getattr(library.load(), function)  # nothing is packed without the library
+    size.restype = ctypes.c_int64
+    return jax.ShapeDtypeStruct((size(*map(ctypes.c_int64, sizes)),), jnp.uint8)

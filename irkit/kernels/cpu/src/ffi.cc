@@ -1,0 +1,267 @@
+// The kernels as XLA calls them. Sizes are checked against each other here; shapes are what Python traced.
+#include "xla/ffi/api/ffi.h"
+
+#include <string>
+
+#include "api.h"
+#include "layer.h"
+#include "logits.h"
+#include "pack.h"
+#include "pool.h"
+
+namespace ffi = xla::ffi;
+
+namespace irkit {
+namespace {
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+using Bytes = ffi::Buffer<ffi::U8>;
+using Dimensions = ffi::AnyBuffer::Dimensions;
+
+ffi::Error wrong(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "irkit: " + what); }
+
+bool fits(const Bytes& packed, int64_t form, int64_t rows, int64_t cols) {
+  return form >= 0 && form < kForms && rows > 0 && cols > 0 &&
+         (int64_t)packed.element_count() == panels(rows) * panel_layout((Form)form, cols).bytes;
+}
+
+Matrix matrix(const Bytes& packed, int64_t form, int64_t rows, int64_t cols) {
+  return {packed.typed_data(), nullptr, (Form)form, rows, cols};
+}
+
+int64_t product_but_last(Dimensions dims) {
+  int64_t product = 1;
+  for (size_t i = 0; i + 1 < dims.size(); ++i) product *= dims[i];
+  return product;
+}
+
+ffi::Error take_rows(Bytes packed, Ints ids, int64_t form, int64_t rows, ffi::ResultBuffer<ffi::F32> out) {
+  const int64_t cols = out->dimensions()[out->dimensions().size() - 1];
+  if (!fits(packed, form, rows, cols)) return wrong("take: the packed matrix has another size");
+  irkit_unpack_rows((int32_t)form, packed.typed_data(), rows, cols, ids.typed_data(), (int64_t)ids.element_count(),
+                    out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error multiply(Floats x, Bytes packed, int64_t form, int64_t rows, ffi::ResultBuffer<ffi::F32> y,
+                    ffi::ResultBuffer<ffi::U8> scratch) {
+  const int64_t cols = x.dimensions()[x.dimensions().size() - 1], count = product_but_last(x.dimensions());
+  if (!fits(packed, form, rows, cols)) return wrong("linear: the packed matrix has another size");
+  if ((int64_t)scratch->element_count() < linear_scratch(count, cols)) return wrong("linear: too little scratch memory");
+  linear(matrix(packed, form, rows, cols), x.typed_data(), count, nullptr, 0, y->typed_data(), scratch->typed_data());
+  return ffi::Error::Success();
+}
+
+// What attention reads off the shapes of q [b, t, H, h] and of the cache [b, K, c, h]; false where they disagree.
+bool shape_attention(Attention* a, Dimensions q, const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values, const Ints& start,
+                     const Ints& count, float scale) {
+  const Dimensions cache = keys.dimensions();
+  if (q.size() != 4 || cache.size() != 4) return false;
+  a->batch = q[0];
+  a->tokens = q[1];
+  a->n_heads = q[2];
+  a->d_head = q[3];
+  a->n_kv_heads = cache[1];
+  a->capacity = cache[2];
+  a->start = start.typed_data();
+  a->count = count.typed_data();
+  a->keys = keys.untyped_data();
+  a->values = values.untyped_data();
+  a->half = keys.element_type() == ffi::F16;
+  a->scale = scale;
+  if (cache[0] != a->batch || cache[3] != a->d_head || a->d_head % 16 || a->n_kv_heads < 1 || a->n_heads % a->n_kv_heads)
+    return false;
+  if (keys.element_type() != values.element_type() || !(a->half || keys.element_type() == ffi::F32)) return false;
+  if (keys.element_count() != values.element_count()) return false;
+  if ((int64_t)start.element_count() != a->batch || (int64_t)count.element_count() != a->batch) return false;
+  // Numbers in arrays are nobody's promise: nothing is read or written outside the cache.
+  for (int64_t b = 0; b < a->batch; ++b) {
+    const int64_t from = a->start[b], tokens = a->count[b];
+    if (from < 0 || tokens < 0 || tokens > a->tokens || from + tokens > a->capacity) return false;
+  }
+  return true;
+}
+
+ffi::Error attention(Floats q, ffi::AnyBuffer keys, ffi::AnyBuffer values, Ints start, Ints count, float scale,
+                     ffi::ResultBuffer<ffi::F32> z, ffi::ResultBuffer<ffi::U8> scratch) {
+  Attention a = {};
+  if (!shape_attention(&a, q.dimensions(), keys, values, start, count, scale))
+    return wrong("attention: shapes or positions do not fit");
+  if ((int64_t)scratch->element_count() < attention_scratch(a.batch, a.tokens, a.n_heads, a.n_kv_heads, a.d_head))
+    return wrong("attention: too little scratch memory");
+  a.q = q.typed_data();
+  a.stride = a.n_heads * a.d_head;
+  a.z = z->typed_data();
+  attend(a, scratch->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                 Floats ln1, Floats ln2, Bytes q, Bytes k, Bytes v, Bytes o, Bytes gate, Bytes up, Bytes down,
+                 ffi::RemainingArgs biases, ffi::Span<const int64_t> forms, int64_t n_heads, int64_t d_mlp, float eps,
+                 float scale, ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> new_keys,
+                 ffi::Result<ffi::AnyBuffer> new_values, ffi::ResultBuffer<ffi::U8> scratch) {
+  const Dimensions shape = resid.dimensions(), cache = keys.dimensions();
+  if (shape.size() != 3 || cache.size() != 4 || forms.size() != 7) return wrong("layer: shapes do not fit");
+  if (keys.untyped_data() != new_keys->untyped_data() || values.untyped_data() != new_values->untyped_data())
+    return wrong("layer: the cache must be written in place");
+  Layer l = {};
+  const int64_t dims[] = {shape[0], shape[1], n_heads, cache[3]};
+  if (!shape_attention(&l.attention, Dimensions(dims, 4), keys, values, start, count, scale))
+    return wrong("layer: shapes or positions do not fit");
+  const Attention& a = l.attention;
+  const int64_t d_model = shape[2], rows = a.batch * a.tokens, heads = n_heads * a.d_head, kv = a.n_kv_heads * a.d_head;
+  l.rotary = rows ? (int64_t)cos.element_count() / rows : 0;
+  if (2 * l.rotary > a.d_head || cos.element_count() != sin.element_count() ||
+      (int64_t)cos.element_count() != rows * l.rotary || (int64_t)ln1.element_count() != d_model ||
+      (int64_t)ln2.element_count() != d_model)
+    return wrong("layer: the rotation or the norms have another size");
+  struct {
+    Matrix* to;
+    const Bytes* from;
+    int64_t rows, cols;
+  } const matrices[] = {{&l.q, &q, heads, d_model},  {&l.k, &k, kv, d_model},         {&l.v, &v, kv, d_model},
+                        {&l.o, &o, d_model, heads},  {&l.gate, &gate, d_mlp, d_model}, {&l.up, &up, d_mlp, d_model},
+                        {&l.down, &down, d_model, d_mlp}};
+  for (int i = 0; i < 7; ++i) {
+    const auto& m = matrices[i];
+    if (!fits(*m.from, forms[i], m.rows, m.cols)) return wrong("layer: a packed matrix has another size");
+    *m.to = matrix(*m.from, forms[i], m.rows, m.cols);
+    if (biases.size() == 0) continue;
+    const auto bias = biases.get<Floats>(i);
+    if (bias.has_error()) return bias.error();
+    if (bias->element_count() == 0) continue;
+    if ((int64_t)bias->element_count() != m.rows) return wrong("layer: a bias has another size");
+    m.to->bias = bias->typed_data();
+  }
+  if ((int64_t)scratch->element_count() <
+      layer_scratch(a.batch, a.tokens, n_heads, a.n_kv_heads, a.d_head, d_model, d_mlp))
+    return wrong("layer: too little scratch memory");
+  l.resid = resid.typed_data();
+  l.out = out->typed_data();
+  l.cos = cos.typed_data();
+  l.sin = sin.typed_data();
+  l.keys = new_keys->untyped_data();
+  l.values = new_values->untyped_data();
+  l.ln1 = ln1.typed_data();
+  l.ln2 = ln2.typed_data();
+  l.eps = eps;
+  layer(l, scratch->typed_data());
+  return ffi::Error::Success();
+}
+
+// The last axis of x, row by row.
+ffi::Error largest(Floats x, ffi::ResultBuffer<ffi::F32> values, ffi::ResultBuffer<ffi::S32> places) {
+  const int64_t count = x.dimensions()[x.dimensions().size() - 1];
+  const int64_t k = values->dimensions()[values->dimensions().size() - 1];
+  if (k > count || values->element_count() != places->element_count()) return wrong("top_k: shapes do not fit");
+  for (int64_t row = 0; row < product_but_last(x.dimensions()); ++row)
+    top_k(x.typed_data() + row * count, count, k, values->typed_data() + row * k, places->typed_data() + row * k);
+  return ffi::Error::Success();
+}
+
+ffi::Error normalizer(Floats x, ffi::ResultBuffer<ffi::F32> result) {
+  const int64_t count = x.dimensions()[x.dimensions().size() - 1];
+  if ((int64_t)result->element_count() != product_but_last(x.dimensions())) return wrong("logsumexp: shapes do not fit");
+  for (int64_t row = 0; row < product_but_last(x.dimensions()); ++row)
+    result->typed_data()[row] = log_sum_exp(x.typed_data() + row * count, count);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace irkit
+
+extern "C" {
+
+// XLA finds the handlers by these symbols.
+IRKIT_API XLA_FFI_Error* irkit_take(XLA_FFI_CallFrame*);
+IRKIT_API XLA_FFI_Error* irkit_linear(XLA_FFI_CallFrame*);
+IRKIT_API XLA_FFI_Error* irkit_attention(XLA_FFI_CallFrame*);
+IRKIT_API XLA_FFI_Error* irkit_layer(XLA_FFI_CallFrame*);
+IRKIT_API XLA_FFI_Error* irkit_top_k(XLA_FFI_CallFrame*);
+IRKIT_API XLA_FFI_Error* irkit_logsumexp(XLA_FFI_CallFrame*);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_take, irkit::take_rows,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int64_t>("form")
+                                  .Attr<int64_t>("rows")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_linear, irkit::multiply,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Attr<int64_t>("form")
+                                  .Attr<int64_t>("rows")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_attention, irkit::attention,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<float>("scale")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_layer, irkit::block,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .RemainingArgs()
+                                  .Attr<ffi::Span<const int64_t>>("forms")
+                                  .Attr<int64_t>("n_heads")
+                                  .Attr<int64_t>("d_mlp")
+                                  .Attr<float>("eps")
+                                  .Attr<float>("scale")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::U8>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    irkit_top_k, irkit::largest,
+    ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_logsumexp, irkit::normalizer,
+                              ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
+
+IRKIT_API const char* irkit_handlers() {
+  return "irkit_take,irkit_linear,irkit_attention,irkit_layer,irkit_top_k,irkit_logsumexp";
+}
+
+IRKIT_API void irkit_set_threads(int32_t threads) { irkit::set_threads(threads); }
+
+IRKIT_API int64_t irkit_linear_scratch(int64_t rows, int64_t cols) { return irkit::linear_scratch(rows, cols); }
+
+IRKIT_API int64_t irkit_attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads,
+                                          int64_t d_head) {
+  return irkit::attention_scratch(batch, tokens, n_heads, n_kv_heads, d_head);
+}
+
+IRKIT_API int64_t irkit_layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads,
+                                      int64_t d_head, int64_t d_model, int64_t d_mlp) {
+  return irkit::layer_scratch(batch, tokens, n_heads, n_kv_heads, d_head, d_model, d_mlp);
+}
+
+}  // extern "C"

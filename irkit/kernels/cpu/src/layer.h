@@ -1,0 +1,51 @@
+// A decoder layer, and its parts, on the threads of the pool.
+#pragma once
+
+#include "kernels.h"
+
+namespace irkit {
+
+// y = matrix . norm(x), row by row of x [rows, cols]; `norm` may be null. `scratch` holds linear_scratch() bytes.
+int64_t linear_scratch(int64_t rows, int64_t cols);
+void linear(const Matrix& matrix, const float* x, int64_t rows, const float* norm, float eps, float* y, uint8_t* scratch);
+
+// [batch, tokens] queries at start[b] and after, of which only the first count[b] of each row are computed; keys
+// and values already hold their own. q and z are [batch, tokens, n_heads, d_head]; the tokens of q lie `stride`
+// numbers apart. The cache is [batch, n_kv_heads, capacity, d_head].
+struct Attention {
+  int64_t batch, tokens, n_heads, n_kv_heads, d_head, capacity;
+  const int32_t* start;
+  const int32_t* count;
+  const float* q;
+  int64_t stride;
+  const void* keys;
+  const void* values;
+  bool half;
+  float scale;
+  float* z;
+};
+constexpr int64_t kMostFewRows = 16;  // queries of a key/value head up to which they count as few
+constexpr int64_t kMostParts = 64;    // that the keys are divided into for these
+int64_t attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head);
+void attend(const Attention& a, uint8_t* scratch);
+
+// One block of a Llama: resid [batch, tokens, d_model] to out; keys and values are written at the tokens' positions.
+struct Layer {
+  Attention attention;  // q, stride and z are the layer's own affair
+  const float* resid;
+  float* out;
+  const float* cos;  // [batch, tokens, rotary]
+  const float* sin;
+  int64_t rotary;
+  void* keys;
+  void* values;
+  const float* ln1;
+  const float* ln2;
+  float eps;
+  Matrix q, k, v, o, gate, up, down;
+};
+int64_t layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
+                      int64_t d_model, int64_t d_mlp);
+void layer(const Layer& l, uint8_t* scratch);
+
+}  // namespace irkit

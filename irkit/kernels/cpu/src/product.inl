@@ -1,0 +1,280 @@
+// Matrix products of packed weights and tiles of activations. Included by kernels.cc.
+
+// exp(x), to about 1e-7 of it: two to the whole part of x log2(e), times a polynomial in what is left (coefficients
+// of the Cephes library's expf).
+IRKIT_INLINE Vec exponential(Vec x) {
+  x = min(max(x, set1(-87.0f)), set1(88.0f));
+  const Vec n = round(mul(x, set1(1.44269504088896341f)));
+  Vec r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  Vec p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  return scale2(fma(mul(p, r), r, add(r, set1(1.0f))), n);
+}
+
+IRKIT_INLINE Vec silu(Vec x) { return div(x, add(set1(1.0f), exponential(sub(zero(), x)))); }
+
+// The 64 codes of quad j (below 4) and of quad j + 4 of a block.
+template <int bits, int j>
+IRKIT_INLINE void two_quads(const uint8_t* codes, const uint8_t* upper, Bytes* first, Bytes* second) {
+  if constexpr (bits == 8) {
+    *first = load_bytes(codes + 64 * j);
+    *second = load_bytes(codes + 64 * (j + 4));
+    return;
+  } else {
+    const Bytes both = load_bytes(codes + 64 * j);
+    *first = low(both);
+    *second = high(both);
+    if constexpr (bits == 5) {
+      const Bytes fifth = load_bytes(upper);
+      *first = with_bits<4 - j, 0x10>(*first, fifth);
+      *second = with_bits<-j, 0x10>(*second, fifth);
+    }
+    if constexpr (bits == 6) {
+      *first = with_bits<4 - 2 * j, 0x30>(*first, load_bytes(upper));
+      *second = with_bits<4 - 2 * j, 0x30>(*second, load_bytes(upper + 64));
+    }
+  }
+}
+
+constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
+
+template <int bits, int n, int j>
+IRKIT_INLINE void dot_quads(const uint8_t* codes, const uint8_t* upper, const int8_t* a, Acc* first, Acc* second) {
+  Bytes w0, w1;
+  two_quads<bits, j>(codes, upper, &w0, &w1);
+  IRKIT_UNROLL
+  for (int c = 0; c < n; ++c) first[c] = dot<bits>(first[c], w0, a + (j * n + c) * 4);
+  IRKIT_UNROLL
+  for (int c = 0; c < n; ++c) second[c] = dot<bits>(second[c], w1, a + ((j + 4) * n + c) * 4);
+}
+
+constexpr int kFewRows = 4;
+
+// out[c * 16 + i]: row i of the panel times row c of a tile of n.
+template <int form, int n>
+void coded_panel(const uint8_t* panel, const PanelLayout& at, int64_t cols, const uint8_t* tile, float* out) {
+  constexpr FormInfo f = kFormInfo[form];
+  constexpr int shift = log2_of(f.zero);
+  Vec total[n];
+  IRKIT_UNROLL
+  for (int c = 0; c < n; ++c) total[c] = zero();
+  constexpr int64_t kLines = (panel_layout((Form)form, 64 * kBlock).bytes / 64 + 63) / 64;  // of a block, rounded up
+  const uint8_t* ahead = panel + at.bytes;
+  const uint8_t* codes = panel;
+  const uint8_t* upper = panel + at.high;
+  const uint16_t* scales = (const uint16_t*)(panel + at.scales);
+  const uint16_t* minima = (const uint16_t*)(panel + at.minima);
+  for (int64_t b = cols / kBlock; b > 0; --b) {
+    const int8_t* a = (const int8_t*)tile;
+    const float* scale = (const float*)(tile + 32 * n);
+    const float* scaled_sum = scale + n;
+    const int32_t* minus_sum = (const int32_t*)(scaled_sum + n);
+    const int32_t* minus_first = minus_sum + n;
+    Acc acc[f.groups][n];
+    IRKIT_UNROLL
+    for (int c = 0; c < n; ++c) {
+      const bool signed_codes = f.bits == 8 && kSigned8;
+      if (f.minima || signed_codes) {
+        acc[0][c] = acc_zero();
+      } else if (f.groups == 1) {
+        acc[0][c] = acc_shifted<shift>(minus_sum + c);
+      } else {
+        acc[0][c] = acc_shifted<shift>(minus_first + c);
+        acc[f.groups - 1][c] = acc_sub(acc_shifted<shift>(minus_sum + c), acc[0][c]);
+      }
+    }
+    Acc* second = acc[f.groups - 1];
+    if (n <= kFewRows) {
+      // With few rows memory is what is waited for: the next panel is asked for while this one is read.
+      IRKIT_UNROLL
+      for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead + 64 * line);
+      ahead += 64 * kLines;
+    }
+    dot_quads<f.bits, n, 0>(codes, upper, a, acc[0], second);
+    dot_quads<f.bits, n, 1>(codes, upper, a, acc[0], second);
+    dot_quads<f.bits, n, 2>(codes, upper, a, acc[0], second);
+    dot_quads<f.bits, n, 3>(codes, upper, a, acc[0], second);
+    const Vec s0 = load_half(scales);
+    const Vec s1 = f.groups == 2 ? load_half(scales + 16) : s0;
+    const Vec m = f.minima ? load_half(minima) : s0;
+    IRKIT_UNROLL
+    for (int c = 0; c < n; ++c) {
+      const Vec as = set1(scale[c]);
+      total[c] = fma(to_float(acc[0][c]), mul(s0, as), total[c]);
+      if (f.groups == 2) total[c] = fma(to_float(second[c]), mul(s1, as), total[c]);
+      if (f.minima) total[c] = fma(m, set1(scaled_sum[c]), total[c]);
+    }
+    codes += f.bits == 8 ? 512 : 256;
+    upper += f.bits == 5 ? 64 : 128;
+    scales += 16 * f.groups;
+    minima += 16;
+    tile += kCodedBlock * n;
+  }
+  IRKIT_UNROLL
+  for (int c = 0; c < n; ++c) store(out + 16 * c, total[c]);
+}
+
+template <int form>
+IRKIT_INLINE Vec load_numbers(const uint8_t* panel, int64_t column) {
+  if constexpr (form == kF32) return load((const float*)panel + 16 * column);
+  if constexpr (form == kF16) return load_half((const uint16_t*)panel + 16 * column);
+  return load_bf16((const uint16_t*)panel + 16 * column);
+}
+
+template <int form, int n>
+void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const uint8_t* tile, float* out) {
+  // With few rows the sums of one column would wait for each other: several are kept.
+  constexpr int ways = n >= 4 ? 1 : 4;
+  const float* a = (const float*)tile;
+  Vec total[ways][n];
+  for (auto& way : total)
+    for (Vec& v : way) v = zero();
+  int64_t k = 0;
+  for (; k + ways <= cols; k += ways) {
+    if (n <= kFewRows) {
+      const uint8_t* const ahead = panel + (k * kRows * kFormInfo[form].bits / 8) + 4096;
+      IRKIT_UNROLL
+      for (int line = 0; line < ways * kFormInfo[form].bits / 32; ++line) __builtin_prefetch(ahead + 64 * line);
+    }
+    IRKIT_UNROLL
+    for (int way = 0; way < ways; ++way) {
+      const Vec w = load_numbers<form>(panel, k + way);
+      IRKIT_UNROLL
+      for (int c = 0; c < n; ++c) total[way][c] = fma(w, set1(a[(k + way) * n + c]), total[way][c]);
+    }
+  }
+  for (; k < cols; ++k) {
+    const Vec w = load_numbers<form>(panel, k);
+    for (int c = 0; c < n; ++c) total[0][c] = fma(w, set1(a[k * n + c]), total[0][c]);
+  }
+  for (int way = 1; way < ways; ++way)
+    for (int c = 0; c < n; ++c) total[0][c] = add(total[0][c], total[way][c]);
+  for (int c = 0; c < n; ++c) store(out + 16 * c, total[0][c]);
+}
+
+using PanelFunction = void (*)(const uint8_t*, const PanelLayout&, int64_t, const uint8_t*, float*);
+
+template <int form, int n>
+constexpr PanelFunction panel_function() {
+  if constexpr (n > kTileRows) {
+    return nullptr;
+  } else if constexpr (kFormInfo[form].groups > 0) {
+    return coded_panel<form, n>;
+  } else {
+    return float_panel<form, n>;
+  }
+}
+
+constexpr int kMostRows = 12;
+static_assert(kTileRows <= kMostRows, "a row more in the table below");
+#define IRKIT_ROW(f)                                                                                             \
+  {panel_function<f, 1>(), panel_function<f, 2>(), panel_function<f, 3>(), panel_function<f, 4>(),               \
+   panel_function<f, 5>(), panel_function<f, 6>(), panel_function<f, 7>(), panel_function<f, 8>(),               \
+   panel_function<f, 9>(), panel_function<f, 10>(), panel_function<f, 11>(), panel_function<f, 12>()}
+constexpr PanelFunction kPanelFunctions[kForms][kMostRows] = {
+    IRKIT_ROW(kQ4), IRKIT_ROW(kQ4M), IRKIT_ROW(kQ5),   IRKIT_ROW(kQ5M), IRKIT_ROW(kQ6),
+    IRKIT_ROW(kQ8), IRKIT_ROW(kF16), IRKIT_ROW(kBF16), IRKIT_ROW(kF32),
+};
+#undef IRKIT_ROW
+
+// A panel's products with the tile, bias included.
+IRKIT_INLINE void panel_times_tile(const Matrix& m, const PanelLayout& at, int64_t panel, const Tiles& x, int64_t first,
+                                   int n, float* out) {
+  const bool coded = kFormInfo[m.form].groups > 0;
+  const int64_t blocks = (m.cols + kBlock - 1) / kBlock;
+  const uint8_t* tile = coded ? x.coded + first * blocks * kCodedBlock : (const uint8_t*)(x.floats + first * blocks * 32);
+  kPanelFunctions[m.form][n - 1](m.data + panel * at.bytes, at, m.cols, tile, out);
+  if (!m.bias) return;
+  for (int64_t i = 0; i < kRows && panel * kRows + i < m.rows; ++i)
+    for (int c = 0; c < n; ++c) out[16 * c + i] += m.bias[panel * kRows + i];
+}
+
+void multiply(const Product& p, int64_t first_panel, int64_t last_panel, int64_t first_tile, int64_t last_tile) {
+  const PanelLayout at = panel_layout(p.matrix.form, p.matrix.cols);
+  const PanelLayout up_at = p.finish == Finish::kGate ? panel_layout(p.up.form, p.up.cols) : at;
+  alignas(64) float y[16 * kTileRows], up[16 * kTileRows];
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const int64_t first = tile * kTileRows;
+    const int n = (int)(p.x.rows - first < kTileRows ? p.x.rows - first : kTileRows);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      panel_times_tile(p.matrix, at, panel, p.x, first, n, y);
+      if (p.finish == Finish::kGate) {
+        panel_times_tile(p.up, up_at, panel, p.x, first, n, up);
+        for (int c = 0; c < n; ++c) store(y + 16 * c, mul(silu(load(y + 16 * c)), load(up + 16 * c)));
+      }
+      const int64_t rows = p.matrix.rows - panel * kRows;
+      for (int c = 0; c < n; ++c) {
+        const int64_t to = (first + c) * p.stride + panel * kRows;
+        if (rows >= kRows) {
+          const Vec v = load(y + 16 * c);
+          store(p.out + to, p.finish == Finish::kAdd ? add(v, load(p.add + to)) : v);
+        } else {
+          for (int64_t i = 0; i < rows; ++i) p.out[to + i] = y[16 * c + i] + (p.finish == Finish::kAdd ? p.add[to + i] : 0);
+        }
+      }
+    }
+  }
+}
+
+// Sixteen numbers of x from column k on, zero past the end, normed.
+IRKIT_INLINE Vec normed(const float* x, int64_t k, int64_t cols, const float* norm, Vec factor) {
+  alignas(64) float part[2][16] = {};
+  if (k + 16 > cols) {
+    for (int64_t i = 0; k + i < cols; ++i) {
+      part[0][i] = x[k + i];
+      part[1][i] = norm ? norm[k + i] : 1.0f;
+    }
+    return mul(mul(load(part[0]), factor), load(part[1]));
+  }
+  const Vec v = load(x + k);
+  return norm ? mul(mul(v, factor), load(norm + k)) : v;
+}
+
+void prepare(const float* x, int64_t stride, const float* norm, float eps, Tiles tiles, int64_t first, int64_t last) {
+  const int64_t cols = tiles.cols, blocks = (cols + kBlock - 1) / kBlock;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t start = row / kTileRows * kTileRows, c = row - start;
+    const int64_t n = tiles.rows - start < kTileRows ? tiles.rows - start : kTileRows;
+    const float* from = x + row * stride;
+    Vec factor = set1(1.0f);
+    if (norm) {
+      Vec squares = zero();
+      float rest = 0;
+      int64_t k = 0;
+      for (; k + 16 <= cols; k += 16) squares = fma(load(from + k), load(from + k), squares);
+      for (; k < cols; ++k) rest += from[k] * from[k];
+      factor = set1(1.0f / __builtin_sqrtf((sum(squares) + rest) / (float)cols + eps));
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Vec v0 = normed(from, b * kBlock, cols, norm, factor);
+      const Vec v1 = normed(from, b * kBlock + 16, cols, norm, factor);
+      if (tiles.floats) {
+        alignas(64) float numbers[32];
+        store(numbers, v0);
+        store(numbers + 16, v1);
+        float* to = tiles.floats + (start * blocks + b * n) * 32 + c;
+        for (int i = 0; i < 32; ++i) to[i * n] = numbers[i];
+      }
+      if (tiles.coded) {
+        uint8_t* to = tiles.coded + (start * blocks + b * n) * kCodedBlock;
+        const float most = largest(max(abs(v0), abs(v1)));
+        const Vec inverse = set1(most > 0 ? 127.0f / most : 0.0f);
+        alignas(16) int8_t codes[32];
+        const int32_t sum0 = quantize(mul(v0, inverse), codes);
+        const int32_t sum1 = quantize(mul(v1, inverse), codes + 16);
+        for (int j = 0; j < 8; ++j) __builtin_memcpy(to + (j * n + c) * 4, codes + 4 * j, 4);
+        float* floats = (float*)(to + 32 * n) + c;
+        int32_t* sums = (int32_t*)(floats + 2 * n);
+        floats[0] = most / 127.0f;
+        floats[n] = most / 127.0f * (float)(sum0 + sum1);
+        sums[0] = -(sum0 + sum1);
+        sums[n] = -sum0;
+      }
+    }
+  }
+}

@@ -1,0 +1,237 @@
+// Matrix products, attention and whole layers, on one and on several threads.
+#pragma once
+
+#include "layer.h"
+#include "pool.h"
+#include "support.h"
+
+namespace {
+
+constexpr int kThreads[] = {1, 2, 4};
+
+void test_linear(const Format& format, int64_t rows) {
+  const int64_t cols = 512;
+  const Weights w(format, 1000, cols);
+  const Floats x = normals(rows * cols), norm = normals(cols), bias = normals(w.rows);
+  std::vector<uint8_t> scratch(linear_scratch(rows, cols));
+  Floats first;
+  for (int threads : kThreads) {
+    set_threads(threads);
+    Floats y(rows * w.rows, kNaN);
+    linear(w.matrix(bias), x.data(), rows, norm.data(), 1e-5f, y.data(), scratch.data());
+    if (threads > 1) {
+      expect(y == first, "linear: form %d, %d rows: another result with %d threads", w.form, (int)rows, threads);
+      continue;
+    }
+    first = y;
+    for (int64_t r = 0; r < rows; ++r) {
+      double squares = 0;
+      for (int64_t c = 0; c < cols; ++c) squares += (double)x[r * cols + c] * x[r * cols + c];
+      for (int64_t i = 0; i < w.rows; i += 111) {
+        double value = 0, length = 0;
+        for (int64_t c = 0; c < cols; ++c) {
+          const double term = w.numbers[i * cols + c] * norm[c] * x[r * cols + c] / std::sqrt(squares / cols + 1e-5);
+          value += term;
+          length += term * term;
+        }
+        // An int8 number is off by up to 1 in 254 of the largest of its 32: by much less of the sum of all.
+        expect(near(y[r * w.rows + i], value + bias[i], 0.05 * std::sqrt(length) + 1e-6),
+               "linear: form %d, %d rows: [%d, %d] is %g, not %g", w.form, (int)rows, (int)r, (int)i,
+               y[r * w.rows + i], value + bias[i]);
+      }
+    }
+  }
+}
+
+void test_attend(int64_t tokens, int64_t group, bool half) {
+  const int64_t batch = 2, kv_heads = 2, heads = kv_heads * group, d_head = 32, capacity = 700;
+  Cache keys(batch * kv_heads * capacity * d_head, half), values(batch * kv_heads * capacity * d_head, half);
+  const int64_t stride = heads * d_head + 7;
+  const Floats q = normals(batch * tokens * stride);
+  const int32_t start[] = {(int32_t)(capacity - tokens), 0}, count[] = {(int32_t)tokens, (int32_t)(tokens / 2)};
+  std::vector<uint8_t> scratch(attention_scratch(batch, tokens, heads, kv_heads, d_head));
+  for (int threads : kThreads) {
+    set_threads(threads);
+    Floats z(batch * tokens * heads * d_head, kNaN);
+    attend({batch, tokens, heads, kv_heads, d_head, capacity, start, count, q.data(), stride, keys.data(),
+            values.data(), half, 0.3f, z.data()}, scratch.data());
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t t = 0; t < count[b]; ++t) {
+        for (int64_t head = 0; head < heads; ++head) {
+          const int64_t at = b * tokens + t;
+          check_attention("attend", &z[(at * heads + head) * d_head], &q[at * stride + head * d_head], keys, values,
+                          (b * kv_heads + head / group) * capacity * d_head, d_head, start[b] + t + 1, 0.3f);
+        }
+      }
+    }
+  }
+}
+
+std::vector<double> normed(const double* x, const Floats& norm, float eps) {
+  std::vector<double> out(norm.size());
+  double squares = 0;
+  for (size_t i = 0; i < norm.size(); ++i) squares += x[i] * x[i];
+  for (size_t i = 0; i < norm.size(); ++i) out[i] = x[i] * norm[i] / std::sqrt(squares / (double)norm.size() + eps);
+  return out;
+}
+
+std::vector<double> times(const Weights& w, const Floats& bias, const std::vector<double>& x) {
+  std::vector<double> y(bias.begin(), bias.end());
+  y.resize(w.rows);
+  for (int64_t i = 0; i < w.rows; ++i) {
+    for (int64_t c = 0; c < w.cols; ++c) y[i] += w.numbers[i * w.cols + c] * x[c];
+  }
+  return y;
+}
+
+// A small layer in matrices of one format, where not said otherwise.
+struct SmallLayer {
+  static constexpr int64_t batch = 2, capacity = 300, heads = 4, kv_heads = 2, d_head = 16, d_model = 96, d_mlp = 160;
+  static constexpr int64_t rotary = 6, kv = kv_heads * d_head, cache_size = batch * kv_heads * capacity * d_head;
+  static constexpr float eps = 1e-5f, scale = 0.25f;
+  int64_t tokens;
+  bool half;
+  Weights q, k, v, o, gate, up, down;
+  Floats q_bias = normals(heads * d_head), k_bias = normals(kv), v_bias = normals(kv), down_bias = normals(d_model);
+  Floats ln1 = normals(d_model), ln2 = normals(d_model), resid, cos, sin;
+  Cache keys, values;
+  int32_t start[batch], count[batch];
+
+  SmallLayer(const Format& format, const Format& other, int64_t tokens, bool half)
+      : tokens(tokens), half(half), q(format, heads * d_head, d_model), k(format, kv, d_model), v(other, kv, d_model),
+        o(format, d_model, heads * d_head), gate(format, d_mlp, d_model), up(other, d_mlp, d_model),
+        down(other, d_model, d_mlp), resid(normals(batch * tokens * d_model)), keys(cache_size, half),
+        values(cache_size, half), start{(int32_t)(capacity - tokens), 0},
+        count{(int32_t)tokens, (int32_t)(tokens / 2)} {
+    for (int64_t i = 0; i < batch * tokens * rotary; ++i) {
+      const float angle = normal();
+      cos.push_back(std::cos(angle));
+      sin.push_back(std::sin(angle));
+    }
+    // So that sums of squares, and what a rounding changes, stay of the order of one.
+    for (Weights* w : {&q, &k, &v, &o, &gate, &up, &down}) shrink(w);
+  }
+
+  static void shrink(Weights* w) {
+    if (w->form != kF32) return;
+    for (float& x : w->numbers) x *= 0.1f;
+    for (size_t at = 0; at < w->packed.size(); at += 4) {
+      float x;
+      std::memcpy(&x, &w->packed[at], 4);
+      x *= 0.1f;
+      std::memcpy(&w->packed[at], &x, 4);
+    }
+  }
+
+  // The result, and what has become of the cache.
+  Floats run(Cache* new_keys, Cache* new_values) const {
+    Floats out(batch * tokens * d_model, kUntouched);
+    std::vector<uint8_t> scratch(layer_scratch(batch, tokens, heads, kv_heads, d_head, d_model, d_mlp), 0xff);
+    Layer l = {};
+    l.attention = {batch, tokens, heads, kv_heads, d_head, capacity, start, count, nullptr, 0, nullptr, nullptr, half,
+                   scale, nullptr};
+    l.resid = resid.data();
+    l.out = out.data();
+    l.cos = cos.data();
+    l.sin = sin.data();
+    l.rotary = rotary;
+    l.keys = new_keys->data();
+    l.values = new_values->data();
+    l.ln1 = ln1.data();
+    l.ln2 = ln2.data();
+    l.eps = eps;
+    l.q = q.matrix(q_bias), l.k = k.matrix(k_bias), l.v = v.matrix(v_bias), l.o = o.matrix(), l.gate = gate.matrix();
+    l.up = up.matrix(), l.down = down.matrix(down_bias);
+    layer(l, scratch.data());
+    return out;
+  }
+
+  void rotate(std::vector<double>* x, int64_t row) const {
+    for (size_t head = 0; head < x->size(); head += d_head) {
+      for (int64_t i = 0; i < rotary; ++i) {
+        double &a = (*x)[head + i], &b = (*x)[head + rotary + i];
+        const double c = cos[row * rotary + i], s = sin[row * rotary + i], old = a;
+        a = a * c - b * s;
+        b = b * c + old * s;
+      }
+    }
+  }
+
+  void check(const Floats& out, const Cache& new_keys, const Cache& new_values) const {
+    const double tolerance = half ? 1e-2 : 1e-4;
+    Cache old_keys = keys, old_values = values;
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t t = 0; t < count[b]; ++t) {
+        const int64_t row = b * tokens + t;
+        std::vector<double> x(&resid[row * d_model], &resid[row * d_model] + d_model);
+        const std::vector<double> first = normed(x.data(), ln1, eps);
+        std::vector<double> query = times(q, q_bias, first), key = times(k, k_bias, first);
+        const std::vector<double> value = times(v, v_bias, first);
+        rotate(&query, row);
+        rotate(&key, row);
+        std::vector<double> z;
+        for (int64_t head = 0; head < kv_heads; ++head) {
+          const int64_t at = ((b * kv_heads + head) * capacity + start[b] + t) * d_head;
+          for (int64_t i = 0; i < d_head; ++i) {
+            old_keys.set(at + i, (float)key[head * d_head + i]);
+            old_values.set(at + i, (float)value[head * d_head + i]);
+          }
+        }
+        for (int64_t head = 0; head < heads; ++head) {
+          const Floats mine(&query[head * d_head], &query[head * d_head] + d_head);
+          const auto mix = attention(mine.data(), old_keys, old_values,
+                                     (b * kv_heads + head / (heads / kv_heads)) * capacity * d_head, d_head,
+                                     start[b] + t + 1, scale);
+          z.insert(z.end(), mix.begin(), mix.end());
+        }
+        const std::vector<double> attended = times(o, {}, z);
+        for (int64_t i = 0; i < d_model; ++i) x[i] += attended[i];
+        const std::vector<double> second = normed(x.data(), ln2, eps);
+        std::vector<double> hidden = times(gate, {}, second);
+        const std::vector<double> other = times(up, {}, second);
+        for (int64_t i = 0; i < d_mlp; ++i) hidden[i] = silu(hidden[i]) * other[i];
+        const std::vector<double> last = times(down, down_bias, hidden);
+        for (int64_t i = 0; i < d_model; ++i)
+          expect(near(out[row * d_model + i], x[i] + last[i], tolerance), "layer: %d tokens, half %d: [%d, %d, %d] is %g, not %g",
+                 (int)tokens, half, (int)b, (int)t, (int)i, out[row * d_model + i], x[i] + last[i]);
+      }
+    }
+    for (int64_t i = 0; i < cache_size; ++i)
+      expect(near(new_keys.number(i), old_keys.number(i), tolerance) &&
+                 near(new_values.number(i), old_values.number(i), tolerance),
+             "layer: %d tokens, half %d: number %d of the cache is wrong", (int)tokens, half, (int)i);
+  }
+};
+
+void test_layer(const Format& format, const Format& other, int64_t tokens, bool half) {
+  const SmallLayer l(format, other, tokens, half);
+  Floats first;
+  for (int threads : kThreads) {
+    set_threads(threads);
+    Cache keys = l.keys, values = l.values;
+    const Floats out = l.run(&keys, &values);
+    if (format.ggml_type == 0 && other.ggml_type == 0) l.check(out, keys, values);
+    if (threads == 1) first = out;
+    // The keys that a few queries see are divided among the threads: their sums are rounded differently.
+    if (tokens * l.heads / l.kv_heads <= kMostFewRows) continue;
+    for (int64_t b = 0; b < l.batch; ++b) {
+      for (int64_t i = b * tokens * l.d_model; i < (b * tokens + l.count[b]) * l.d_model; ++i)
+        expect(first[i] == out[i], "layer: %d tokens: another result with %d threads", (int)tokens, threads);
+    }
+  }
+}
+
+void test_layers() {
+  for (const Format& format : kFormats) {
+    for (int64_t rows : {1, 3, 40}) test_linear(format, rows);
+  }
+  for (int64_t tokens : {1, 4, 5, 20, 50}) {
+    for (bool half : {false, true}) {
+      test_attend(tokens, 3, half);
+      test_layer(kFormats[0], kFormats[0], tokens, half);
+    }
+    test_layer(kFormats[3], kFormats[6], tokens, true);
+  }
+}
+
+}  // namespace
