@@ -63,7 +63,8 @@ ORDER = [
     {"session", "analysis"},
     {"engine"},
     {"transformer", "families", "tokenizer", "hub"},
-    {"kernels", "gguf"},
+    {"kernels"},
+    {"gguf"},
     {"options", "results", "errors"},
 ]
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop, `irkit serve` the server.

@@ -75,7 +75,7 @@ class Runtime:
         self._compiling = threading.Lock()
         plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
         self._shapes = weights.tree_map(self._shape, plans)
-        self.at_once = AT_ONCE if self.packed and weights.total(plans) <= _SMALL_BYTES else 1
+        self._small = self.packed and weights.total(plans) <= _SMALL_BYTES
         with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
             reading = weights.read(model.file, plans, kernels, pool)
             # One thread, in the order of need: two would make the first program wait for the second.
@@ -104,6 +104,11 @@ class Runtime:
             rows, cols = plan.weight.shape
             return cpu.Packed(jax.device_put(value, self.device), plan.form, (rows, cols))
         return jax.device_put(value.astype(self.dtype, copy=False) if value.ndim == 2 else value, self.device)
+
+    @property
+    def at_once(self) -> int:
+        """How many tokens `decode` draws."""
+        return AT_ONCE if self._small and self._drawer is self.device else 1
 
     def settings(self, options: SamplingOptions, seed: int) -> Settings:
         """Sampling settings, on the device that draws."""

@@ -66,8 +66,9 @@ def forward(
         layer_tap = tap.layer(index)
         old = cache.keys[index], cache.values[index]
         resid = layer_tap("hook_resid_pre", resid)
-        if cpu.can_fuse(block, config) and not layer_tap.wants_inside():
-            resid, new = cpu.layer(block, resid, old, start, count, rotation, config)
+        if cpu.can_fuse(block, config.d_head) and not layer_tap.wants_inside():
+            constants = {"eps": config.eps, "scale": config.attention_scale}
+            resid, new = cpu.layer(block, resid, old, start, count, rotation, **constants)
         else:
             resid, new = layer(block, resid, old, positions, rotation, config, layer_tap)
         resid = layer_tap("hook_resid_post", resid)

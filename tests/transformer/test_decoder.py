@@ -60,7 +60,7 @@ def parameters(config: Config = CONFIG, *, biases: bool = False) -> decoder.Para
     }
 
 
-forward = jax.jit(decoder.forward, static_argnames=("config", "spec"))
+forward = jax.jit(decoder.forward, static_argnames=("config", "spec", "only_last"))
 TOKENS = np.random.default_rng(1).integers(0, CONFIG.d_vocab, (4, 12), np.int32)
 
 
@@ -122,7 +122,7 @@ def test_logits_of_one_position_only() -> None:
     params = parameters()
     whole, _, _ = run(params, TOKENS)
     last = np.array([11, 0, 5, 7], np.int32)
-    chosen, _, _ = run(params, TOKENS, last=last)
+    chosen, _, _ = run(params, TOKENS, count=last + 1, only_last=True)
     np.testing.assert_allclose(chosen[:, 0], np.asarray(whole)[np.arange(4), last], atol=1e-5)
 
 

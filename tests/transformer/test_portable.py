@@ -138,12 +138,12 @@ def parameters(dtype: Any, biases: bool) -> dict[str, Any]:
 def test_the_forward_pass_keeps_the_contract(t: int, last: bool, spec: tuple, dtype: Any, platform: str) -> None:
     b = 2
     module = lower(
-        partial(forward, config=CONFIG, spec=spec),
+        partial(forward, config=CONFIG, spec=spec, only_last=last),
         parameters(dtype, biases=last),
         ints(b, t),
         ints(b, t),
         kv.empty(CONFIG, b, 32, dtype),
-        last=ints(b) if last else None,
+        count=ints(b) if last else None,
         platform=platform,
     )
     found = [operation.name for operation in operations(module.operation)]
@@ -156,7 +156,7 @@ def test_the_programs_around_it_keep_the_contract() -> None:
     shared = params, cache, ints(1, 16), ints(1)
     assert violations(lower(partial(steps.read, config=CONFIG), *shared, ints(1))) == []
     assert violations(lower(partial(steps.pool, config=CONFIG), *shared, ints(1))) == []
-    assert violations(lower(partial(steps.score, config=CONFIG, top=5), *shared, ints(1, 16))) == []
+    assert violations(lower(partial(steps.score, config=CONFIG, top=5), *shared, ints(1), ints(1, 16))) == []
     assert violations(lower(partial(kv.grow, capacity=64), cache)) == []
     empty = partial(kv.empty, CONFIG, 1, 32, jnp.dtype(jnp.float32))
     assert violations(lower(empty)) == []

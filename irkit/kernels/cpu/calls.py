@@ -24,8 +24,6 @@ from irkit.kernels.cpu.packing import FORMS
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from irkit.transformer.config import Config
-
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """A block's matrices, in the order in which the layer's kernel takes them."""
 
@@ -77,7 +75,7 @@ def attention(
     b, t, heads, h = q.shape
     results = (
         jax.ShapeDtypeStruct(q.shape, jnp.float32),
-        _scratch("irkit_attention_scratch", b, t, heads, keys.shape[1], h),
+        _scratch("irkit_attention_scratch", b, t, heads, keys.shape[1], h, keys.shape[2]),
     )
     count = jnp.full(b, t, jnp.int32)
     call = jax.ffi.ffi_call("irkit_attention", results)
@@ -97,9 +95,9 @@ def logsumexp(x: Float[Array, "b v"]) -> Float[Array, "b 1"]:
     return jax.ffi.ffi_call("irkit_logsumexp", jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32))(x)
 
 
-def can_fuse(block: dict[str, Any], config: Config) -> bool:
+def can_fuse(block: dict[str, Any], d_head: int) -> bool:
     """Whether `layer` can compute this block."""
-    return config.d_head % 16 == 0 and all(isinstance(block[name], Packed) for name in MATRICES)
+    return d_head % 16 == 0 and all(isinstance(block[name], Packed) for name in MATRICES)
 
 
 def layer(
@@ -109,7 +107,9 @@ def layer(
     start: Int[Array, " b"],
     count: Int[Array, " b"],
     rotation: tuple[Array, Array],
-    config: Config,
+    *,
+    eps: float,
+    scale: float,
 ) -> tuple[Float[Array, "b t d"], tuple[Array, Array]]:
     """A whole block in one call: what `irkit.transformer.decoder.layer` computes, with the cache written in place.
 
@@ -120,14 +120,16 @@ def layer(
         start: Where the tokens stand.
         count: How many tokens of each row count; what is returned for the others has no meaning.
         rotation: Cosine and sine, `[b, t, 1, r]`.
-        config: The model's shape.
+        eps: Of both norms.
+        scale: Multiplies the attention scores.
     """
-    b, t, d = resid.shape
-    shapes = b, t, config.n_heads, config.n_kv_heads, config.d_head, d, config.d_mlp
+    b, t, d_model = resid.shape
+    _, n_kv_heads, capacity, d_head = cached[0].shape
+    n_heads, d_mlp = block["q"].shape[0] // d_head, block["gate"].shape[0]
     results = (
         jax.ShapeDtypeStruct(resid.shape, jnp.float32),
         *(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in cached),
-        _scratch("irkit_layer_scratch", *shapes),
+        _scratch("irkit_layer_scratch", b, t, n_heads, n_kv_heads, d_head, capacity, d_model, d_mlp),
     )
     biases = [block[f"{name}_bias"] for name in MATRICES]
     if any(bias is not None for bias in biases):
@@ -146,10 +148,10 @@ def layer(
         *(block[name].data for name in MATRICES),
         *biases,
         forms=np.array([FORMS.index(block[name].form) for name in MATRICES], np.int64),
-        n_heads=np.int64(config.n_heads),
-        d_mlp=np.int64(config.d_mlp),
-        eps=np.float32(config.eps),
-        scale=np.float32(config.attention_scale),
+        n_heads=np.int64(n_heads),
+        d_mlp=np.int64(d_mlp),
+        eps=np.float32(eps),
+        scale=np.float32(scale),
     )
     return resid, (keys, values)
 

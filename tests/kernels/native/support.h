@@ -85,8 +85,9 @@ struct Weights {
     }
     form = (Form)irkit_form(format.ggml_type);
     packed.resize(irkit_packed_bytes(form, rows, cols));
-    const int32_t packing = irkit_pack(format.ggml_type, raw.data(), rows, cols, nullptr, 0, panels(rows), packed.data());
-    expect(packing == 0, "format %d was not packed", format.ggml_type);
+    const int32_t failed =
+        irkit_pack(format.ggml_type, raw.data(), rows, cols, nullptr, 0, panels(rows), packed.data());
+    expect(!failed, "format %d was not packed", format.ggml_type);
     std::vector<int32_t> ids(rows);
     for (int64_t i = 0; i < rows; ++i) ids[i] = (int32_t)i;
     irkit_unpack_rows(form, packed.data(), rows, cols, ids.data(), rows, numbers.data());

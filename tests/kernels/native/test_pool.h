@@ -13,7 +13,8 @@ namespace {
 void check_tasks(int64_t count) {
   std::vector<std::atomic<int>> runs(count);
   parallel(count, [&](int64_t i) { runs[i].fetch_add(1, std::memory_order_relaxed); });
-  for (int64_t i = 0; i < count; ++i) expect(runs[i] == 1, "pool: task %d of %d ran %d times", (int)i, (int)count, runs[i].load());
+  for (int64_t i = 0; i < count; ++i)
+    expect(runs[i] == 1, "pool: task %d of %d ran %d times", (int)i, (int)count, runs[i].load());
 }
 
 void test_pool() {

@@ -88,7 +88,7 @@ ffi::Error attention(Floats q, ffi::AnyBuffer keys, ffi::AnyBuffer values, Ints 
   Attention a = {};
   if (!shape_attention(&a, q.dimensions(), keys, values, start, count, scale))
     return wrong("attention: shapes or positions do not fit");
-  if ((int64_t)scratch->element_count() < attention_scratch(a.batch, a.tokens, a.n_heads, a.n_kv_heads, a.d_head))
+  if ((int64_t)scratch->element_count() < attention_scratch(a.batch, a.tokens, a.n_heads, a.n_kv_heads, a.d_head, a.capacity))
     return wrong("attention: too little scratch memory");
   a.q = q.typed_data();
   a.stride = a.n_heads * a.d_head;
@@ -136,7 +136,7 @@ ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, f
     m.to->bias = bias->typed_data();
   }
   if ((int64_t)scratch->element_count() <
-      layer_scratch(a.batch, a.tokens, n_heads, a.n_kv_heads, a.d_head, d_model, d_mlp))
+      layer_scratch(a.batch, a.tokens, n_heads, a.n_kv_heads, a.d_head, a.capacity, d_model, d_mlp))
     return wrong("layer: too little scratch memory");
   l.resid = resid.typed_data();
   l.out = out->typed_data();
@@ -255,13 +255,13 @@ IRKIT_API void irkit_set_threads(int32_t threads) { irkit::set_threads(threads);
 IRKIT_API int64_t irkit_linear_scratch(int64_t rows, int64_t cols) { return irkit::linear_scratch(rows, cols); }
 
 IRKIT_API int64_t irkit_attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads,
-                                          int64_t d_head) {
-  return irkit::attention_scratch(batch, tokens, n_heads, n_kv_heads, d_head);
+                                          int64_t d_head, int64_t capacity) {
+  return irkit::attention_scratch(batch, tokens, n_heads, n_kv_heads, d_head, capacity);
 }
 
 IRKIT_API int64_t irkit_layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads,
-                                      int64_t d_head, int64_t d_model, int64_t d_mlp) {
-  return irkit::layer_scratch(batch, tokens, n_heads, n_kv_heads, d_head, d_model, d_mlp);
+                                      int64_t d_head, int64_t capacity, int64_t d_model, int64_t d_mlp) {
+  return irkit::layer_scratch(batch, tokens, n_heads, n_kv_heads, d_head, capacity, d_model, d_mlp);
 }
 
 }  // extern "C"

@@ -8,8 +8,9 @@ namespace irkit {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
-// Keys of a part, when the keys that a few queries see are divided among threads.
-constexpr int64_t kFewestKeys = 128;
+// Keys of a part, when the keys that a few queries see are divided among threads: always as many, so that neither
+// the number of threads nor that of queries changes a bit of the result.
+constexpr int64_t kPartKeys = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kCacheLine) * kCacheLine; }
@@ -94,19 +95,6 @@ const uint8_t* head_of(const Attention& a, const void* cache, int64_t b, int64_t
   return static_cast<const uint8_t*>(cache) + (b * a.n_kv_heads + head) * a.capacity * a.d_head * number;
 }
 
-struct Parts {
-  int64_t count, keys;
-};
-
-// How the keys are divided when a few queries look at them.
-Parts parts_of(const Attention& a) {
-  int64_t most = 0;
-  for (int64_t b = 0; b < a.batch; ++b) most = std::max<int64_t>(most, a.start[b] + a.count[b]);
-  const int64_t wanted = ceil_div(irkit::threads() * 4, a.batch * a.n_kv_heads);
-  const int64_t keys = ceil_div(std::max(kFewestKeys, ceil_div(most, std::min<int64_t>(wanted, kMostParts))), 16) * 16;
-  return {ceil_div(most, keys), keys};
-}
-
 }  // namespace
 
 int64_t linear_scratch(int64_t rows, int64_t cols) {
@@ -123,9 +111,11 @@ void linear(const Matrix& matrix, const float* x, int64_t rows, const float* nor
   multiply_all({&p});
 }
 
-int64_t attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head) {
+int64_t attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
+                          int64_t capacity) {
   const int64_t rows = tokens * (n_heads / n_kv_heads);
-  if (rows <= kMostFewRows) return aligned(batch * n_kv_heads * kMostParts * rows * (d_head + 2) * 4);
+  if (rows <= kMostFewRows)
+    return aligned(batch * n_kv_heads * ceil_div(capacity, kPartKeys) * rows * (d_head + 2) * 4);
   return aligned(batch * n_kv_heads * ceil_div(tokens, 16) * aligned(many_scratch(d_head, n_heads / n_kv_heads) * 4));
 }
 
@@ -133,30 +123,32 @@ void attend(const Attention& a, uint8_t* scratch) {
   const int64_t group = a.n_heads / a.n_kv_heads, rows = a.tokens * group;
   const int64_t z_stride = a.n_heads * a.d_head;
   if (rows <= kMostFewRows) {
-    const Parts parts = parts_of(a);
+    int64_t most = 0;
+    for (int64_t b = 0; b < a.batch; ++b) most = std::max<int64_t>(most, a.start[b] + a.count[b]);
+    const int64_t parts = ceil_div(most, kPartKeys);
     const int64_t step = rows * (a.d_head + 2);
     float* const partial = reinterpret_cast<float*>(scratch);
     const auto query = [&](int64_t b, int64_t head, int64_t r, int64_t stride) {
       return (b * a.tokens + r / group) * stride + (head * group + r % group) * a.d_head;
     };
-    parallel(a.batch * a.n_kv_heads * parts.count, [&](int64_t task) {
-      const int64_t part = task % parts.count, head = task / parts.count % a.n_kv_heads;
-      const int64_t b = task / parts.count / a.n_kv_heads;
+    parallel(a.batch * a.n_kv_heads * parts, [&](int64_t task) {
+      const int64_t part = task % parts, head = task / parts % a.n_kv_heads;
+      const int64_t b = task / parts / a.n_kv_heads;
       const float* q[kMostFewRows];
       int64_t limit[kMostFewRows];
       for (int64_t r = 0; r < rows; ++r) {
         q[r] = a.q + query(b, head, r, a.stride);
         limit[r] = a.start[b] + r / group + 1;
       }
-      const int64_t end = a.start[b] + a.count[b], first = part * parts.keys;
+      const int64_t end = a.start[b] + a.count[b], first = part * kPartKeys;
       const Cached keys = {head_of(a, a.keys, b, head), a.half}, values = {head_of(a, a.values, b, head), a.half};
-      kernels().attend_few({q, limit, (int)rows, keys, values, a.d_head, first, std::min(first + parts.keys, end),
+      kernels().attend_few({q, limit, (int)rows, keys, values, a.d_head, first, std::min(first + kPartKeys, end),
                             a.scale, partial + task * step});
     });
     for (int64_t pair = 0; pair < a.batch * a.n_kv_heads; ++pair) {
       float* z[kMostFewRows];
       for (int64_t r = 0; r < rows; ++r) z[r] = a.z + query(pair / a.n_kv_heads, pair % a.n_kv_heads, r, z_stride);
-      kernels().merge(partial + pair * parts.count * step, parts.count, step, (int)rows, a.d_head, z);
+      kernels().merge(partial + pair * parts * step, parts, step, (int)rows, a.d_head, z);
     }
     return;
   }
@@ -185,7 +177,7 @@ struct LayerRoom {
   int64_t bytes;
 
   LayerRoom(uint8_t* memory, int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
-            int64_t d_model, int64_t d_mlp) {
+            int64_t capacity, int64_t d_model, int64_t d_mlp) {
     Scratch scratch(memory);
     const int64_t rows = batch * tokens;
     model = tiles(scratch, rows, d_model);
@@ -195,7 +187,7 @@ struct LayerRoom {
     z = scratch.floats(rows * n_heads * d_head);
     resid = scratch.floats(rows * d_model);
     hidden = scratch.floats(rows * d_mlp);
-    attention = scratch.bytes(attention_scratch(batch, tokens, n_heads, n_kv_heads, d_head));
+    attention = scratch.bytes(attention_scratch(batch, tokens, n_heads, n_kv_heads, d_head, capacity));
     bytes = scratch.used();
   }
 };
@@ -237,14 +229,14 @@ void remember(const Layer& l, float* qkv, int64_t rows) {
 }  // namespace
 
 int64_t layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
-                      int64_t d_model, int64_t d_mlp) {
-  return LayerRoom(nullptr, batch, tokens, n_heads, n_kv_heads, d_head, d_model, d_mlp).bytes;
+                      int64_t capacity, int64_t d_model, int64_t d_mlp) {
+  return LayerRoom(nullptr, batch, tokens, n_heads, n_kv_heads, d_head, capacity, d_model, d_mlp).bytes;
 }
 
 void layer(const Layer& l, uint8_t* scratch) {
   Attention a = l.attention;
   const int64_t d_model = l.o.rows, d_mlp = l.down.cols, q = l.q.rows, kv = l.k.rows;
-  const LayerRoom room(scratch, a.batch, a.tokens, a.n_heads, a.n_kv_heads, a.d_head, d_model, d_mlp);
+  const LayerRoom room(scratch, a.batch, a.tokens, a.n_heads, a.n_kv_heads, a.d_head, a.capacity, d_model, d_mlp);
   // Of a single sequence, the padding at the end is not computed at all.
   const int64_t rows = a.batch > 1 ? a.batch * a.tokens : std::min<int64_t>(a.count[0], a.tokens);
   const int64_t stride = q + 2 * kv;

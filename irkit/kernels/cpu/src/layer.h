@@ -25,8 +25,8 @@ struct Attention {
   float* z;
 };
 constexpr int64_t kMostFewRows = 16;  // queries of a key/value head up to which they count as few
-constexpr int64_t kMostParts = 64;    // that the keys are divided into for these
-int64_t attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head);
+int64_t attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
+                          int64_t capacity);
 void attend(const Attention& a, uint8_t* scratch);
 
 // One block of a Llama: resid [batch, tokens, d_model] to out; keys and values are written at the tokens' positions.
@@ -45,7 +45,7 @@ struct Layer {
   Matrix q, k, v, o, gate, up, down;
 };
 int64_t layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
-                      int64_t d_model, int64_t d_mlp);
+                      int64_t capacity, int64_t d_model, int64_t d_mlp);
 void layer(const Layer& l, uint8_t* scratch);
 
 }  // namespace irkit

@@ -21,12 +21,13 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kSpin = std::chrono::microseconds(200);
 constexpr int kMostThreads = 256;
 
-// The state of the current job in one number, so that a thread that comes late cannot take a task of one job for
-// a task of another: 16 bits of the job's number, 24 of its tasks, 24 of those taken.
+// A job's tasks are dealt out in ranges, one a thread, so that a thread's tasks are neighbours in memory; who is done
+// takes from the others. A range is one number, so that a thread that comes late cannot take a task of one job for
+// a task of another: 16 bits of the job's number, 24 of the range's end, 24 of the next task.
 constexpr int kBits = 24;
-constexpr uint64_t kMask = (uint64_t(1) << kBits) - 1;
-constexpr uint64_t taken(uint64_t state) { return state & kMask; }
-constexpr uint64_t count_of(uint64_t state) { return state >> kBits & kMask; }
+constexpr int64_t kMask = (int64_t(1) << kBits) - 1;
+constexpr int64_t next_of(uint64_t range) { return (int64_t)(range & (uint64_t)kMask); }
+constexpr int64_t end_of(uint64_t range) { return (int64_t)(range >> kBits & (uint64_t)kMask); }
 
 void pause() {
 #if defined(__x86_64__)
@@ -49,8 +50,8 @@ class Pool {
       for (int64_t i = 0; i < count; ++i) task(context, i);
       return;
     }
-    for (int64_t first = 0; first < count; first += (int64_t)kMask / 2) {
-      const int64_t part = count - first < (int64_t)kMask / 2 ? count - first : (int64_t)kMask / 2;
+    for (int64_t first = 0; first < count; first += kMask / 2) {
+      const int64_t part = count - first < kMask / 2 ? count - first : kMask / 2;
       share(part, first, task, context, helpers);
     }
     busy_.unlock();
@@ -63,15 +64,20 @@ class Pool {
     context_ = context;
     first_ = first;
     done_.store(0, std::memory_order_relaxed);
-    helpers_.store(helpers, std::memory_order_relaxed);
-    job_ = (job_ + 1) & 0xffff;
+    const int64_t parts = helpers + 1;
+    parts_.store((int)parts, std::memory_order_relaxed);
+    const uint64_t job = (epoch_.load(std::memory_order_relaxed) + 1) & 0xffff;
+    for (int64_t part = 0; part < parts; ++part) {
+      const uint64_t begin = (uint64_t)(count * part / parts), end = (uint64_t)(count * (part + 1) / parts);
+      ranges_[part].state.store(job << (2 * kBits) | end << kBits | begin, std::memory_order_release);
+    }
     // Sequentially consistent, as is what a worker does before it sleeps: one of the two sees the other.
-    state_.store(job_ << (2 * kBits) | (uint64_t)count << kBits);
+    epoch_.fetch_add(1);
     if (sleeping_.load() > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
-    work();
+    work(0);
     // What is left is at most one task a thread; if one has lost its core, it is given ours.
     for (int spins = 0; done_.load(std::memory_order_acquire) < count; ++spins) {
       if (spins < 4096) {
@@ -82,67 +88,67 @@ class Pool {
     }
   }
 
-  // Take tasks until none is left.
-  void work() {
-    for (;;) {
-      const uint64_t seen = state_.load(std::memory_order_relaxed);
-      if (taken(seen) >= count_of(seen)) return;
-      const uint64_t mine = state_.fetch_add(1, std::memory_order_acquire);
-      if (taken(mine) >= count_of(mine)) return;
-      // The job cannot end, nor its fields change, before this task of it is done.
-      task_(context_, first_ + (int64_t)taken(mine));
-      done_.fetch_add(1, std::memory_order_release);
+  // Take the tasks of one's own range, then those of the others.
+  void work(int self) {
+    const int parts = parts_.load(std::memory_order_relaxed);
+    for (int i = 0; i < parts; ++i) {
+      std::atomic<uint64_t>& range = ranges_[(self + i) % parts].state;
+      for (;;) {
+        const uint64_t seen = range.load(std::memory_order_relaxed);
+        if (next_of(seen) >= end_of(seen)) break;
+        const uint64_t mine = range.fetch_add(1, std::memory_order_acquire);
+        if (next_of(mine) >= end_of(mine)) break;
+        // The job cannot end, nor its fields change, before this task of it is done.
+        task_(context_, first_ + next_of(mine));
+        done_.fetch_add(1, std::memory_order_release);
+      }
     }
-  }
-
-  bool waiting(int index) const {
-    const uint64_t seen = state_.load();
-    return taken(seen) < count_of(seen) && index < helpers_.load(std::memory_order_relaxed);
   }
 
   void start(int helpers) {
     for (; started_ < helpers; ++started_) {
       try {
-        std::thread([this, index = started_] { loop(index); }).detach();
+        std::thread([this, index = started_] { loop(index + 1); }).detach();
       } catch (const std::system_error&) {
         return;  // no more threads to be had: those there are do the work
       }
     }
   }
 
-  void loop(int index) {
-    for (;;) {
-      work_if(index);
+  void loop(int self) {
+    for (uint32_t seen = 0;;) {
       const auto since = Clock::now();
-      bool found = false;
-      while (!found && Clock::now() - since < kSpin) {
-        for (int i = 0; i < 32 && !found; ++i) {
-          found = waiting(index);
-          if (!found) pause();
+      bool fresh = false;
+      while (!fresh && Clock::now() - since < kSpin) {
+        for (int i = 0; i < 32 && !fresh; ++i) {
+          fresh = epoch_.load() != seen;
+          if (!fresh) pause();
         }
       }
-      if (found) continue;
-      std::unique_lock<std::mutex> lock(mutex_);
-      sleeping_.fetch_add(1);
-      wake_.wait(lock, [&] { return waiting(index); });
-      sleeping_.fetch_sub(1);
+      if (!fresh) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleeping_.fetch_add(1);
+        wake_.wait(lock, [&] { return epoch_.load() != seen; });
+        sleeping_.fetch_sub(1);
+      }
+      seen = epoch_.load();
+      if (self < parts_.load(std::memory_order_relaxed)) work(self);
     }
-  }
-
-  void work_if(int index) {
-    if (waiting(index)) work();
   }
 
   std::mutex busy_;
   std::atomic<int> wanted_{1};
   // Each on a cache line of its own: they are written by all threads.
-  alignas(64) std::atomic<uint64_t> state_{0};
+  struct alignas(64) Range {
+    std::atomic<uint64_t> state{0};
+  };
+  Range ranges_[kMostThreads];
   alignas(64) std::atomic<int64_t> done_{0};
-  alignas(64) std::atomic<int> helpers_{0};
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  std::atomic<int> parts_{0};
   void (*task_)(void*, int64_t) = nullptr;
   void* context_ = nullptr;
   int64_t first_ = 0;
-  uint64_t job_ = 0;
   int started_ = 0;
   std::mutex mutex_;
   std::condition_variable wake_;

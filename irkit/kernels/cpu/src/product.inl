@@ -92,7 +92,7 @@ void coded_panel(const uint8_t* panel, const PanelLayout& at, int64_t cols, cons
     if (n <= kFewRows) {
       // With few rows memory is what is waited for: the next panel is asked for while this one is read.
       IRKIT_UNROLL
-      for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead + 64 * line);
+      for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead + 64 * line, 0, 1);
       ahead += 64 * kLines;
     }
     dot_quads<f.bits, n, 0>(codes, upper, a, acc[0], second);
@@ -139,7 +139,7 @@ void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const u
     if (n <= kFewRows) {
       const uint8_t* const ahead = panel + (k * kRows * kFormInfo[form].bits / 8) + 4096;
       IRKIT_UNROLL
-      for (int line = 0; line < ways * kFormInfo[form].bits / 32; ++line) __builtin_prefetch(ahead + 64 * line);
+      for (int line = 0; line < ways * kFormInfo[form].bits / 32; ++line) __builtin_prefetch(ahead + 64 * line, 0, 1);
     }
     IRKIT_UNROLL
     for (int way = 0; way < ways; ++way) {

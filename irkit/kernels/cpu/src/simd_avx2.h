@@ -23,7 +23,7 @@ struct Bytes {
   __m256i lo, hi;
 };
 
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 6;
 constexpr bool kSigned8 = true;
 
 IRKIT_INLINE Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -148,7 +148,10 @@ IRKIT_INLINE Acc dot(Acc acc, Bytes codes, const int8_t* a) {
   int32_t quad;
   __builtin_memcpy(&quad, a, 4);
   const __m256i all = _mm256_set1_epi32(quad);
-  return {dot_of<bits>(acc.lo, codes.lo, all), dot_of<bits>(acc.hi, codes.hi, all)};
+  acc = {dot_of<bits>(acc.lo, codes.lo, all), dot_of<bits>(acc.hi, codes.hi, all)};
+  // gcc would put off the additions to the end of the block, and spill all the products until then.
+  asm("" : "+x"(acc.lo), "+x"(acc.hi));
+  return acc;
 }
 // v rounded to int8, to out[16]; the sum of these
 IRKIT_INLINE int32_t quantize(Vec v, int8_t* out) {

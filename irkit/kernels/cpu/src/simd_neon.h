@@ -23,7 +23,7 @@ struct Bytes {
   uint8x16_t part[4];
 };
 
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 4;
 constexpr bool kSigned8 = true;
 
 // A Vec, Acc or Bytes of f(0) to f(3).
@@ -147,10 +147,13 @@ IRKIT_INLINE Acc dot(Acc acc, Bytes codes, const int8_t* a) {
   int32_t quad;
   __builtin_memcpy(&quad, a, 4);
   const int8x16_t all = vreinterpretq_s8_s32(vdupq_n_s32(quad));
-  return parts<Acc>([&](int i) {
+  acc = parts<Acc>([&](int i) {
     const uint8x16_t q = bits == 8 ? veorq_u8(codes.part[i], vdupq_n_u8(0x80)) : codes.part[i];
     return vdotq_s32(acc.part[i], vreinterpretq_s8_u8(q), all);
   });
+  // Keeps compilers from mixing the sums of several blocks, for which there are too few registers.
+  asm("" : "+w"(acc.part[0]), "+w"(acc.part[1]), "+w"(acc.part[2]), "+w"(acc.part[3]));
+  return acc;
 }
 // v rounded to int8, to out[16]; the sum of these
 IRKIT_INLINE int32_t quantize(Vec v, int8_t* out) {
