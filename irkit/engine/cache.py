@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 SMALLEST = 512
 """Positions a cache starts with; it doubles from there, so that few shapes are ever compiled."""
+LARGEST_STEP = 2048
+"""By how many positions it grows once it has as many: doubling would soon be more than is needed."""
 AHEAD = SMALLEST // 2
 """Tokens before the cache must grow at which the larger programs begin to be compiled."""
 
@@ -29,9 +31,11 @@ class Cache:
         """Set when its session closes: what is still to be computed with it ends."""
 
     def capacity(self, tokens: int) -> int:
-        """Positions it has once `tokens` fit: what it has, or doubled from `SMALLEST`; never past `n_ctx`."""
-        least = max(SMALLEST, 1 << (tokens - 1).bit_length(), self.arrays.capacity if self.arrays else 0)
-        return min(least, self.n_ctx)
+        """Positions it has once `tokens` fit: what it has, or the next size; never past `n_ctx`."""
+        size = 1 << (tokens - 1).bit_length()
+        if size > LARGEST_STEP:
+            size = -(-tokens // LARGEST_STEP) * LARGEST_STEP
+        return min(max(SMALLEST, size, self.arrays.capacity if self.arrays else 0), self.n_ctx)
 
     def keep_prefix_of(self, ids: Sequence[int]) -> int:
         """Forget what does not begin `ids`, and the last of `ids`, whose logits are wanted; how many stay."""

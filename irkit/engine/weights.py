@@ -112,6 +112,7 @@ def _pack(file: File, plan: Plan, kernels: CDLL, out: np.ndarray, pool: Executor
             raise UnsupportedModelError(
                 f"{file.path}: tensor {weight.name!r} has scales too large for the CPU kernels; use precision exact"
             )
+        file.forget(weight.name)  # both copies of a model need not be in memory at once
         return out
 
     return result

@@ -81,6 +81,20 @@ class File:
         info = self.tensor(name)
         return np.frombuffer(self._data[info.offset : info.offset + info.nbytes], np.uint8)
 
+    def forget(self, name: str) -> None:
+        """Give the memory of a tensor's pages back to the system, which reads them anew if they are looked at again.
+
+        Does nothing on systems that know no such advice.
+
+        Raises:
+            ModelFileError: If there is no such tensor.
+        """
+        info = self.tensor(name)
+        first = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if size > 0 and isinstance(self._data.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self._data.obj.madvise(mmap.MADV_DONTNEED, first, size)
+
     def dequantize(self, name: str, out: Floats | None = None) -> Floats:
         """The values of a tensor: float32, of the tensor's shape; written to `out`, if given.
 

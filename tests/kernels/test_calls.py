@@ -50,10 +50,10 @@ def packed(format_name: str, rows: int, cols: int, seed: int = 0) -> tuple[cpu.P
 
 
 def rounded(x: np.ndarray, format_name: str) -> np.ndarray:
-    """`x` as the kernels multiply it: in blocks of 32 int8 where the weights are codes."""
+    """`x` as the kernels multiply it: in blocks of 16 int8 where the weights are codes."""
     if format_name not in CODED:
         return x
-    blocks = x.reshape(-1, 32)
+    blocks = x.reshape(-1, 16)
     scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
     codes = np.rint(blocks / np.where(scale == 0, 1, scale))
     return (codes * scale).reshape(x.shape).astype(np.float32)

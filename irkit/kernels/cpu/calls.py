@@ -1,6 +1,6 @@
 """The CPU kernels as jax functions: custom calls into the library, inside the one compiled program.
 
-Activations are quantized to int8 in blocks of 32 on the way into a product with a coded form (`FORMS`); the sums
+Activations are quantized to int8 in blocks of 16 on the way into a product with a coded form (`FORMS`); the sums
 are float32. Letters as in `irkit.kernels.xla`.
 """
 

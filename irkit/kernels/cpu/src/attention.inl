@@ -4,6 +4,13 @@ IRKIT_INLINE Vec load_cached(Cached c, int64_t index) {
   return c.half ? load_half((const uint16_t*)c.data + index) : load((const float*)c.data + index);
 }
 
+// Has memory send some numbers of the cache into this core's second cache.
+IRKIT_INLINE void ask_for(Cached c, int64_t index, int64_t count) {
+  const int64_t size = c.half ? 2 : 4;
+  const uint8_t* const from = (const uint8_t*)c.data + index * size;
+  for (int64_t at = 0; at < count * size; at += 64) __builtin_prefetch(from + at, 0, 1);
+}
+
 constexpr float kLowest = -1e30f;  // below every score; finite, so that differences are numbers
 
 // Lanes are dimensions of the head: a key is read once for all rows, and 16 sums are folded at a time.
@@ -19,6 +26,8 @@ void attend_rows(const FewQueries& f, int first_row) {
   }
   for (int64_t key = f.first; key < f.last; key += 16) {
     const int count = (int)(f.last - key < 16 ? f.last - key : 16);
+    ask_for(keys, (key + 16) * h, 16 * h);
+    ask_for(values, (key + 16) * h, 16 * h);
     Vec parts[rows][16];
     for (int j = 0; j < 16; ++j) {
       Vec sum[rows];

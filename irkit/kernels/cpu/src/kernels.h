@@ -14,10 +14,10 @@ struct Matrix {
 };
 
 // Activations are laid out for the matrix products in tiles of a few rows of the batch. A tile of n rows holds, block by
-// block of 32 columns, for forms with codes: 8 quads of n x 4 int8, then for each of the n its scale, its scale
-// times the sum of its int8, minus that sum, and minus the sum of its first half; for the others n x 32 float32,
-// column by column.
-constexpr int64_t kCodedBlock = 48;   // bytes of a row in a block of the first kind
+// block of 32 columns, for forms with codes: 8 quads of n x 4 int8; then, n numbers each, the scale of the first 16
+// columns, that of the others, the sum of the scaled int8, and minus the sums of the int8 of either half. For the
+// other forms n x 32 float32, column by column.
+constexpr int64_t kCodedBlock = 52;   // bytes of a row in a block of the first kind
 constexpr int64_t kFloatBlock = 128;  // and of the second
 
 struct Tiles {

@@ -2,12 +2,19 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
 #include "kernels.h"
 
 namespace irkit {
+namespace {
+
+// What is no number counts as the least, so that there is an order.
+float key(float x) { return std::isnan(x) ? -std::numeric_limits<float>::infinity() : x; }
+
+}  // namespace
 
 void top_k(const float* x, int64_t count, int64_t k, float* values, int32_t* places) {
   // Of k groups, each has a number at least as large as the least of their largest: nothing below that is in question.
@@ -15,7 +22,8 @@ void top_k(const float* x, int64_t count, int64_t k, float* values, int32_t* pla
   kernels().group_largest(x, count, largest.data());
   float least = -std::numeric_limits<float>::infinity();
   if ((int64_t)largest.size() >= k) {
-    std::vector<float> sorted = largest;
+    std::vector<float> sorted(largest.size());
+    std::transform(largest.begin(), largest.end(), sorted.begin(), key);
     std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
     least = sorted[k - 1];
   }
@@ -25,11 +33,9 @@ void top_k(const float* x, int64_t count, int64_t k, float* values, int32_t* pla
     for (int64_t i = 64 * group; i < std::min<int64_t>(count, 64 * (group + 1)); ++i)
       if (!(x[i] < least)) found.push_back((int32_t)i);
   }
-  // What is no number counts as the least, so that the order is one.
-  const auto key = [&](int32_t i) { return std::isnan(x[i]) ? -std::numeric_limits<float>::infinity() : x[i]; };
   k = std::min<int64_t>(k, found.size());
   std::partial_sort(found.begin(), found.begin() + k, found.end(), [&](int32_t a, int32_t b) {
-    return key(a) > key(b) || (key(a) == key(b) && a < b);
+    return key(x[a]) > key(x[b]) || (key(x[a]) == key(x[b]) && a < b);
   });
   for (int64_t i = 0; i < k; ++i) {
     places[i] = found[i];

@@ -46,7 +46,7 @@ class Pool {
 
   void run(int64_t count, void (*task)(void*, int64_t), void* context) {
     const int helpers = (int)(threads() < count ? threads() : count) - 1;
-    if (helpers < 1 || !busy_.try_lock()) {
+    if (helpers < 1 || busy_.exchange(true, std::memory_order_acquire)) {
       for (int64_t i = 0; i < count; ++i) task(context, i);
       return;
     }
@@ -54,7 +54,7 @@ class Pool {
       const int64_t part = count - first < kMask / 2 ? count - first : kMask / 2;
       share(part, first, task, context, helpers);
     }
-    busy_.unlock();
+    busy_.store(false, std::memory_order_release);
   }
 
  private:
@@ -136,7 +136,7 @@ class Pool {
     }
   }
 
-  std::mutex busy_;
+  std::atomic<bool> busy_{false};
   std::atomic<int> wanted_{1};
   // Each on a cache line of its own: they are written by all threads.
   struct alignas(64) Range {

@@ -18,39 +18,52 @@ IRKIT_INLINE Vec exponential(Vec x) {
 
 IRKIT_INLINE Vec silu(Vec x) { return div(x, add(set1(1.0f), exponential(sub(zero(), x)))); }
 
-// The 64 codes of quad j (below 4) and of quad j + 4 of a block.
-template <int bits, int j>
-IRKIT_INLINE void two_quads(const uint8_t* codes, const uint8_t* upper, Bytes* first, Bytes* second) {
+// The 64 codes of quad j of the first or the second half of a block.
+template <int bits, int half, int j>
+IRKIT_INLINE Bytes quad(const uint8_t* codes, const uint8_t* upper) {
   if constexpr (bits == 8) {
-    *first = load_bytes(codes + 64 * j);
-    *second = load_bytes(codes + 64 * (j + 4));
-    return;
+    return load_bytes(codes + 64 * (j + 4 * half));
   } else {
     const Bytes both = load_bytes(codes + 64 * j);
-    *first = low(both);
-    *second = high(both);
-    if constexpr (bits == 5) {
-      const Bytes fifth = load_bytes(upper);
-      *first = with_bits<4 - j, 0x10>(*first, fifth);
-      *second = with_bits<-j, 0x10>(*second, fifth);
-    }
-    if constexpr (bits == 6) {
-      *first = with_bits<4 - 2 * j, 0x30>(*first, load_bytes(upper));
-      *second = with_bits<4 - 2 * j, 0x30>(*second, load_bytes(upper + 64));
-    }
+    const Bytes four = half ? high(both) : low(both);
+    if constexpr (bits == 5) return with_bits<(half ? -j : 4 - j), 0x10>(four, load_bytes(upper));
+    if constexpr (bits == 6) return with_bits<4 - 2 * j, 0x30>(four, load_bytes(upper + 64 * half));
+    return four;
   }
 }
 
 constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
 
-template <int bits, int n, int j>
-IRKIT_INLINE void dot_quads(const uint8_t* codes, const uint8_t* upper, const int8_t* a, Acc* first, Acc* second) {
-  Bytes w0, w1;
-  two_quads<bits, j>(codes, upper, &w0, &w1);
+template <int bits, int n, int half, int j>
+IRKIT_INLINE void dot_quad(const uint8_t* codes, const uint8_t* upper, const int8_t* a, Acc* acc) {
+  const Bytes w = quad<bits, half, j>(codes, upper);
   IRKIT_UNROLL
-  for (int c = 0; c < n; ++c) first[c] = dot<bits>(first[c], w0, a + (j * n + c) * 4);
+  for (int c = 0; c < n; ++c) acc[c] = dot<bits>(acc[c], w, a + ((j + 4 * half) * n + c) * 4);
+}
+
+// Adds to `total` the products with one half of a block.
+template <int form, int n, int half>
+IRKIT_INLINE void half_block(const uint8_t* codes, const uint8_t* upper, const uint16_t* scales, const uint8_t* tile,
+                             Vec* total) {
+  constexpr FormInfo f = kFormInfo[form];
+  constexpr bool from_zero = f.minima || (f.bits == 8 && kSigned8);
+  const int8_t* a = (const int8_t*)tile;
+  const float* scale = (const float*)(tile + 32 * n) + half * n;
+  const int32_t* minus_sum = (const int32_t*)(tile + 32 * n) + (3 + half) * n;
+  Acc acc[n];
   IRKIT_UNROLL
-  for (int c = 0; c < n; ++c) second[c] = dot<bits>(second[c], w1, a + ((j + 4) * n + c) * 4);
+  for (int c = 0; c < n; ++c) acc[c] = from_zero ? acc_zero() : acc_shifted<log2_of(f.zero)>(minus_sum + c);
+  dot_quad<f.bits, n, half, 0>(codes, upper, a, acc);
+  dot_quad<f.bits, n, half, 1>(codes, upper, a, acc);
+  dot_quad<f.bits, n, half, 2>(codes, upper, a, acc);
+  dot_quad<f.bits, n, half, 3>(codes, upper, a, acc);
+  if constexpr (kHeldBits >= f.bits) {
+    IRKIT_UNROLL
+    for (int c = 0; c < n; ++c) acc[c] = settled<f.bits, true>(acc[c]);
+  }
+  const Vec s = load_half(scales + (f.groups == 2 ? 16 * half : 0));
+  IRKIT_UNROLL
+  for (int c = 0; c < n; ++c) total[c] = fma(to_float(acc[c]), mul(s, set1(scale[c])), total[c]);
 }
 
 constexpr int kFewRows = 4;
@@ -59,7 +72,6 @@ constexpr int kFewRows = 4;
 template <int form, int n>
 void coded_panel(const uint8_t* panel, const PanelLayout& at, int64_t cols, const uint8_t* tile, float* out) {
   constexpr FormInfo f = kFormInfo[form];
-  constexpr int shift = log2_of(f.zero);
   Vec total[n];
   IRKIT_UNROLL
   for (int c = 0; c < n; ++c) total[c] = zero();
@@ -70,44 +82,19 @@ void coded_panel(const uint8_t* panel, const PanelLayout& at, int64_t cols, cons
   const uint16_t* scales = (const uint16_t*)(panel + at.scales);
   const uint16_t* minima = (const uint16_t*)(panel + at.minima);
   for (int64_t b = cols / kBlock; b > 0; --b) {
-    const int8_t* a = (const int8_t*)tile;
-    const float* scale = (const float*)(tile + 32 * n);
-    const float* scaled_sum = scale + n;
-    const int32_t* minus_sum = (const int32_t*)(scaled_sum + n);
-    const int32_t* minus_first = minus_sum + n;
-    Acc acc[f.groups][n];
-    IRKIT_UNROLL
-    for (int c = 0; c < n; ++c) {
-      const bool signed_codes = f.bits == 8 && kSigned8;
-      if (f.minima || signed_codes) {
-        acc[0][c] = acc_zero();
-      } else if (f.groups == 1) {
-        acc[0][c] = acc_shifted<shift>(minus_sum + c);
-      } else {
-        acc[0][c] = acc_shifted<shift>(minus_first + c);
-        acc[f.groups - 1][c] = acc_sub(acc_shifted<shift>(minus_sum + c), acc[0][c]);
-      }
-    }
-    Acc* second = acc[f.groups - 1];
     if (n <= kFewRows) {
       // With few rows memory is what is waited for: the next panel is asked for while this one is read.
       IRKIT_UNROLL
       for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead + 64 * line, 0, 1);
       ahead += 64 * kLines;
     }
-    dot_quads<f.bits, n, 0>(codes, upper, a, acc[0], second);
-    dot_quads<f.bits, n, 1>(codes, upper, a, acc[0], second);
-    dot_quads<f.bits, n, 2>(codes, upper, a, acc[0], second);
-    dot_quads<f.bits, n, 3>(codes, upper, a, acc[0], second);
-    const Vec s0 = load_half(scales);
-    const Vec s1 = f.groups == 2 ? load_half(scales + 16) : s0;
-    const Vec m = f.minima ? load_half(minima) : s0;
-    IRKIT_UNROLL
-    for (int c = 0; c < n; ++c) {
-      const Vec as = set1(scale[c]);
-      total[c] = fma(to_float(acc[0][c]), mul(s0, as), total[c]);
-      if (f.groups == 2) total[c] = fma(to_float(second[c]), mul(s1, as), total[c]);
-      if (f.minima) total[c] = fma(m, set1(scaled_sum[c]), total[c]);
+    half_block<form, n, 0>(codes, upper, scales, tile, total);
+    half_block<form, n, 1>(codes, upper, scales, tile, total);
+    if constexpr (f.minima) {
+      const Vec m = load_half(minima);
+      const float* scaled_sum = (const float*)(tile + 32 * n) + 2 * n;
+      IRKIT_UNROLL
+      for (int c = 0; c < n; ++c) total[c] = fma(m, set1(scaled_sum[c]), total[c]);
     }
     codes += f.bits == 8 ? 512 : 256;
     upper += f.bits == 5 ? 64 : 128;
@@ -132,8 +119,11 @@ void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const u
   constexpr int ways = n >= 4 ? 1 : 4;
   const float* a = (const float*)tile;
   Vec total[ways][n];
-  for (auto& way : total)
-    for (Vec& v : way) v = zero();
+  IRKIT_UNROLL
+  for (int way = 0; way < ways; ++way) {
+    IRKIT_UNROLL
+    for (int c = 0; c < n; ++c) total[way][c] = zero();
+  }
   int64_t k = 0;
   for (; k + ways <= cols; k += ways) {
     if (n <= kFewRows) {
@@ -150,10 +140,15 @@ void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const u
   }
   for (; k < cols; ++k) {
     const Vec w = load_numbers<form>(panel, k);
+    IRKIT_UNROLL
     for (int c = 0; c < n; ++c) total[0][c] = fma(w, set1(a[k * n + c]), total[0][c]);
   }
-  for (int way = 1; way < ways; ++way)
+  IRKIT_UNROLL
+  for (int way = 1; way < ways; ++way) {
+    IRKIT_UNROLL
     for (int c = 0; c < n; ++c) total[0][c] = add(total[0][c], total[way][c]);
+  }
+  IRKIT_UNROLL
   for (int c = 0; c < n; ++c) store(out + 16 * c, total[0][c]);
 }
 
@@ -262,18 +257,19 @@ void prepare(const float* x, int64_t stride, const float* norm, float eps, Tiles
       }
       if (tiles.coded) {
         uint8_t* to = tiles.coded + (start * blocks + b * n) * kCodedBlock;
-        const float most = largest(max(abs(v0), abs(v1)));
-        const Vec inverse = set1(most > 0 ? 127.0f / most : 0.0f);
-        alignas(16) int8_t codes[32];
-        const int32_t sum0 = quantize(mul(v0, inverse), codes);
-        const int32_t sum1 = quantize(mul(v1, inverse), codes + 16);
-        for (int j = 0; j < 8; ++j) __builtin_memcpy(to + (j * n + c) * 4, codes + 4 * j, 4);
+        const Vec halves[2] = {v0, v1};
         float* floats = (float*)(to + 32 * n) + c;
-        int32_t* sums = (int32_t*)(floats + 2 * n);
-        floats[0] = most / 127.0f;
-        floats[n] = most / 127.0f * (float)(sum0 + sum1);
-        sums[0] = -(sum0 + sum1);
-        sums[n] = -sum0;
+        int32_t* sums = (int32_t*)(to + 32 * n) + 3 * n + c;
+        floats[2 * n] = 0;
+        for (int half = 0; half < 2; ++half) {
+          const float most = largest(abs(halves[half]));
+          alignas(16) int8_t codes[16];
+          const int32_t sum = quantize(mul(halves[half], set1(most > 0 ? 127.0f / most : 0.0f)), codes);
+          for (int j = 0; j < 4; ++j) __builtin_memcpy(to + ((j + 4 * half) * n + c) * 4, codes + 4 * j, 4);
+          floats[half * n] = most / 127.0f;
+          floats[2 * n] += most / 127.0f * (float)sum;
+          sums[half * n] = -sum;
+        }
       }
     }
   }

@@ -14,9 +14,9 @@ namespace {
 struct Vec {
   __m256 lo, hi;
 };
-// 16 int32
+// 16 int32, and what is not yet added to them: 32 int16, two for each
 struct Acc {
-  __m256i lo, hi;
+  __m256i lo, hi, held_lo, held_hi;
 };
 // 64 codes
 struct Bytes {
@@ -25,6 +25,7 @@ struct Bytes {
 
 constexpr int kTileRows = 6;
 constexpr bool kSigned8 = true;
+constexpr int kHeldBits = 5;  // codes of at most so many have their products held in 16 bits, see settled()
 
 IRKIT_INLINE Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 IRKIT_INLINE Vec set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -121,37 +122,49 @@ IRKIT_INLINE Bytes with_bits(Bytes codes, Bytes h) {
   return {with_bits_of<by, mask>(codes.lo, h.lo), with_bits_of<by, mask>(codes.hi, h.hi)};
 }
 
-IRKIT_INLINE Acc acc_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+IRKIT_INLINE Acc acc_of(__m256i lo, __m256i hi) { return {lo, hi, _mm256_setzero_si256(), _mm256_setzero_si256()}; }
+IRKIT_INLINE Acc acc_zero() { return acc_of(_mm256_setzero_si256(), _mm256_setzero_si256()); }
 template <int shift>
 IRKIT_INLINE Acc acc_shifted(const int32_t* p) {
   const __m256i all = _mm256_slli_epi32(_mm256_set1_epi32(*p), shift);
-  return {all, all};
+  return acc_of(all, all);
 }
-IRKIT_INLINE Acc acc_sub(Acc a, Acc b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
 IRKIT_INLINE Vec to_float(Acc a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
-// Two products of a code below 128 and an int8 fit 16 bits; a code of 8 bits less its zero is taken with its sign
-// moved to the other factor.
-template <int bits>
-IRKIT_INLINE __m256i dot_of(__m256i acc, __m256i codes, __m256i a) {
-  __m256i pairs;
-  if constexpr (bits == 8) {
-    const __m256i q = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
-    pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(a, q));
-  } else {
-    pairs = _mm256_maddubs_epi16(codes, a);
-  }
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+IRKIT_INLINE __m256i with_pairs(__m256i acc, __m256i held) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(held, _mm256_set1_epi16(1)));
 }
-// Each lane: acc plus the products of its 4 codes and the 4 int8 at `a`.
+// The products of codes and int8, summed two by two. Those of 8 bits less their zero have their sign moved to the other
+// factor: two products of a code above 128 would not fit 16 bits.
+template <int bits>
+IRKIT_INLINE __m256i pairs(__m256i codes, __m256i a) {
+  if constexpr (bits < 8) return _mm256_maddubs_epi16(codes, a);
+  const __m256i q = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+  return _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(a, q));
+}
+// Each lane: acc plus the products of its 4 codes and the 4 int8 at `a`. Those of few bits are held in 16, as many as
+// these hold: 16 products of 4 bits, or 8 of 5. Of 6 it would be 4, and the way there and back costs more than it saves.
 template <int bits>
 IRKIT_INLINE Acc dot(Acc acc, Bytes codes, const int8_t* a) {
   int32_t quad;
   __builtin_memcpy(&quad, a, 4);
   const __m256i all = _mm256_set1_epi32(quad);
-  acc = {dot_of<bits>(acc.lo, codes.lo, all), dot_of<bits>(acc.hi, codes.hi, all)};
   // gcc would put off the additions to the end of the block, and spill all the products until then.
-  asm("" : "+x"(acc.lo), "+x"(acc.hi));
+  if constexpr (bits > 5) {
+    acc.lo = with_pairs(acc.lo, pairs<bits>(codes.lo, all));
+    acc.hi = with_pairs(acc.hi, pairs<bits>(codes.hi, all));
+    asm("" : "+x"(acc.lo), "+x"(acc.hi));
+  } else {
+    acc.held_lo = _mm256_add_epi16(acc.held_lo, pairs<bits>(codes.lo, all));
+    acc.held_hi = _mm256_add_epi16(acc.held_hi, pairs<bits>(codes.hi, all));
+    asm("" : "+x"(acc.held_lo), "+x"(acc.held_hi));
+  }
   return acc;
+}
+// acc with nothing held that would not fit with more, after half of a block and after all of it
+template <int bits, bool all>
+IRKIT_INLINE Acc settled(Acc acc) {
+  if constexpr (bits > 5 || (bits == 4 && !all)) return acc;
+  else return acc_of(with_pairs(acc.lo, acc.held_lo), with_pairs(acc.hi, acc.held_hi));
 }
 // v rounded to int8, to out[16]; the sum of these
 IRKIT_INLINE int32_t quantize(Vec v, int8_t* out) {

@@ -16,6 +16,7 @@ using Bytes = __m512i;  // 64 codes
 
 constexpr int kTileRows = 12;
 constexpr bool kSigned8 = false;
+constexpr int kHeldBits = 0;
 
 IRKIT_INLINE Vec zero() { return _mm512_setzero_ps(); }
 IRKIT_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
@@ -81,7 +82,6 @@ template <int shift>
 IRKIT_INLINE Acc acc_shifted(const int32_t* p) {
   return _mm512_slli_epi32(_mm512_set1_epi32(*p), shift);
 }
-IRKIT_INLINE Acc acc_sub(Acc a, Acc b) { return _mm512_sub_epi32(a, b); }
 IRKIT_INLINE Vec to_float(Acc a) { return _mm512_cvtepi32_ps(a); }
 // Each lane: acc plus the products of its 4 codes and the 4 int8 at `a`.
 template <int bits>
@@ -90,6 +90,8 @@ IRKIT_INLINE Acc dot(Acc acc, Bytes codes, const int8_t* a) {
   __builtin_memcpy(&quad, a, 4);
   return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(quad));
 }
+template <int bits, bool all>
+Acc settled(Acc acc);  // nothing is held back
 // v rounded to int8, to out[16]; the sum of these
 IRKIT_INLINE int32_t quantize(Vec v, int8_t* out) {
   const __m128i codes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v));

@@ -21,6 +21,7 @@ typedef uint8_t Bytes __attribute__((vector_size(64)));
 
 constexpr int kTileRows = 4;
 constexpr bool kSigned8 = false;
+constexpr int kHeldBits = 0;
 
 IRKIT_INLINE Vec zero() { return Vec{}; }
 IRKIT_INLINE Vec set1(float x) { return Vec{} + x; }
@@ -101,7 +102,6 @@ template <int shift>
 IRKIT_INLINE Acc acc_shifted(const int32_t* p) {
   return Acc{} + *p * (1 << shift);
 }
-IRKIT_INLINE Acc acc_sub(Acc a, Acc b) { return a - b; }
 IRKIT_INLINE Vec to_float(Acc a) { return __builtin_convertvector(a, Vec); }
 // Each lane: acc plus the products of its 4 codes and the 4 int8 at `a`.
 template <int bits>
@@ -111,6 +111,8 @@ IRKIT_INLINE Acc dot(Acc acc, Bytes codes, const int8_t* a) {
   for (int j = 0; j < 4; ++j) acc += (Acc)(words >> (8 * j) & 255) * (int32_t)a[j];
   return acc;
 }
+template <int bits, bool all>
+Acc settled(Acc acc);  // nothing is held back
 // v rounded to int8, to out[16]; the sum of these
 IRKIT_INLINE int32_t quantize(Vec v, int8_t* out) {
   const Acc rounded = whole(round(v));

@@ -25,6 +25,7 @@ struct Bytes {
 
 constexpr int kTileRows = 4;
 constexpr bool kSigned8 = true;
+constexpr int kHeldBits = 0;
 
 // A Vec, Acc or Bytes of f(0) to f(3).
 template <class T, class F>
@@ -135,9 +136,6 @@ IRKIT_INLINE Acc acc_shifted(const int32_t* p) {
   const int32x4_t all = vshlq_n_s32(vdupq_n_s32(*p), shift);
   return {{all, all, all, all}};
 }
-IRKIT_INLINE Acc acc_sub(Acc a, Acc b) {
-  return parts<Acc>([&](int i) { return vsubq_s32(a.part[i], b.part[i]); });
-}
 IRKIT_INLINE Vec to_float(Acc a) {
   return parts<Vec>([&](int i) { return vcvtq_f32_s32(a.part[i]); });
 }
@@ -155,6 +153,8 @@ IRKIT_INLINE Acc dot(Acc acc, Bytes codes, const int8_t* a) {
   asm("" : "+w"(acc.part[0]), "+w"(acc.part[1]), "+w"(acc.part[2]), "+w"(acc.part[3]));
   return acc;
 }
+template <int bits, bool all>
+Acc settled(Acc acc);  // nothing is held back
 // v rounded to int8, to out[16]; the sum of these
 IRKIT_INLINE int32_t quantize(Vec v, int8_t* out) {
   int16x4_t whole[4];
