@@ -27,7 +27,7 @@ struct Activations {
     return n;
   }
 
-  // Of the int8 numbers of a block: 0 their scale, 1 the scaled sum, 2 minus the sum, 3 minus that of the first half.
+  // Of the int8 numbers of a block: 0 and 1 the scales of its halves, 2 the scaled sum, 3 and 4 minus the halves' sums.
   double about(int64_t row, int64_t block, int which) const {
     int64_t place;
     const int64_t n = tile(row, block, &place);
@@ -36,7 +36,7 @@ struct Activations {
     int32_t whole;
     std::memcpy(&number, at, 4);
     std::memcpy(&whole, at, 4);
-    return which < 2 ? number : whole;
+    return which < 3 ? number : whole;
   }
 
   int code(int64_t row, int64_t col) const {
@@ -46,7 +46,7 @@ struct Activations {
   }
 
   double number(int64_t row, int64_t col, bool as_code) const {
-    if (as_code) return about(row, col / 32, 0) * code(row, col);
+    if (as_code) return about(row, col / 32, (int)(col % 32 / 16)) * code(row, col);
     int64_t place;
     const int64_t n = tile(row, col / 32, &place);
     return floats[place * 32 + col % 32 * n + row % kernels().tile_rows];
@@ -69,16 +69,17 @@ void test_prepare() {
             int total[2] = {0, 0};
             for (int64_t c = 32 * b; c < 32 * b + 32; ++c) {
               const double wanted = c < cols ? x[r * stride + c] * factor * (normed ? norm[c] : 1) : 0;
-              const double step = made.about(r, b, 0);
+              const double step = made.about(r, b, (int)(c % 32 / 16));
               total[c % 32 / 16] += made.code(r, c);
               expect(near(made.number(r, c, false), wanted, 1e-6 * std::fabs(wanted)) &&
                          near(made.number(r, c, true), wanted, 0.5001 * step),
                      "prepare: row %d of %d, column %d of %d is %g and %g, not %g", (int)r, (int)rows, (int)c,
                      (int)cols, made.number(r, c, false), made.number(r, c, true), wanted);
             }
-            const int sum = total[0] + total[1];
-            expect(near(made.about(r, b, 1), made.about(r, b, 0) * sum, 1e-6 * std::abs(made.about(r, b, 0) * sum)) &&
-                       made.about(r, b, 2) == -sum && made.about(r, b, 3) == -total[0],
+            const double sum = made.about(r, b, 0) * total[0] + made.about(r, b, 1) * total[1];
+            const double room = 1e-6 * (made.about(r, b, 0) + made.about(r, b, 1)) * 127 * 16;
+            expect(near(made.about(r, b, 2), sum, room) && made.about(r, b, 3) == -total[0] &&
+                       made.about(r, b, 4) == -total[1],
                    "prepare: the sums of row %d, block %d are wrong", (int)r, (int)b);
           }
         }
