@@ -40,6 +40,7 @@ ModelName = Annotated[str | Path, Field(description="The name of a model, or a p
 
 Precision = Literal["fast", "exact"]
 Backend = Literal["cpu", "metal", "mps", "cuda"]
+CacheType = Literal["f16", "f32"]
 
 
 def _as_stop_strings(value: object) -> object:
@@ -120,6 +121,8 @@ class LoadOptions(Options):
     """`fast`: the quickest arithmetic the backend has; `exact`: float32 of the dequantized weights."""
     num_ctx: int | None = Field(default=None, ge=8, le=1 << 22)
     """The context in tokens; if not given, what the model was trained for."""
+    cache_type: CacheType | None = None
+    """Numbers of the KV cache; if not given, f16 where the CPU's own kernels compute, else those of the activations."""
     backend: Backend | None = None
     """Where to compute; if not given, the best one that works here."""
     threads: int | None = Field(default=None, ge=1, le=1024)

@@ -43,7 +43,7 @@ class Irkit:
         self.d_vocab = tokenizer.vocab_size
         # An answer must not end early; banning tokens costs nothing, as a bias is added in any case.
         self._greedy = {"temperature": 0, "logit_bias": dict.fromkeys(tokenizer.eog_ids, -1e4)}
-        self.first_token([0])
+        self.first_token([0, 0])
 
     def first_token(self, ids: Sequence[int]) -> float:
         """The time from a prompt, of which nothing is in the cache, to the token drawn after it."""
@@ -95,7 +95,7 @@ class LlamaCpp:
         self._memory = api.llama_get_memory(self._context)
         self._sampler = api.llama_sampler_init_greedy()
         self._cached: Sequence[int] = ()
-        self.first_token([0])
+        self.first_token([0, 0])
 
     def first_token(self, ids: Sequence[int]) -> float:
         """As `Irkit.first_token`."""

@@ -20,7 +20,7 @@ from irkit import families, gguf, tokenizer
 from irkit.engine.cache import Cache
 from irkit.engine.worker import DEVICE
 from irkit.errors import ContextFullError, ModelFileError, OptionError
-from irkit.options import Backend, GenerateOptions, LoadOptions, Precision, check_logit_bias
+from irkit.options import Backend, CacheType, GenerateOptions, LoadOptions, Precision, check_logit_bias
 from irkit.results import Generation, Info, Score
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def open_model(path: Path, options: LoadOptions) -> Model:
         status = path.stat()
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
-    settings = options.precision, options.backend, options.threads
+    settings = options.precision, options.backend, options.threads, options.cache_type
     key = path.resolve(), status.st_mtime_ns, status.st_size, *settings
     with _opening:
         model = _open.get(key)
@@ -56,11 +56,19 @@ class Model:
     Every method that computes does so on the device's thread, in the order of the calls.
     """
 
-    def __init__(self, path: Path, precision: Precision, backend: Backend | None, threads: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        precision: Precision,
+        backend: Backend | None,
+        threads: int | None,
+        cache_type: CacheType | None = None,
+    ) -> None:
         self.path = path
         self.precision: Precision = precision
         self.backend: Backend | None = backend
         self.threads = threads
+        self.cache_type: CacheType | None = cache_type
         self.file = gguf.open(path)
         self.config = families.read_config(self.file)
         self._runtime: Future[Runtime] | None = None

@@ -67,7 +67,8 @@ class Runtime:
         self._drawer = jax.devices("cpu")[0] if selected.name in ("metal", "mps") else self.device
         kernels = library.load() if fast and selected.name == "cpu" and library.register() else None
         self.packed = kernels is not None
-        self.cache_dtype = jnp.dtype(jnp.float16) if self.packed else self.dtype
+        chosen = model.cache_type or ("f16" if self.packed else None)
+        self.cache_dtype = jnp.dtype({"f16": jnp.float16, "f32": jnp.float32}[chosen]) if chosen else self.dtype
         self.chunks = FEW_CHUNKS if self.packed else CHUNKS
         # An example for compiling: made once, since every step asks for its program.
         self._any_settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)

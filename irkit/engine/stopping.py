@@ -16,10 +16,11 @@ class StopStrings:
         if self.found:
             return ""
         text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
             self.found, self._held = True, ""
-            return text[: min(places)]
+            # The one complete first: which begins first, of two that overlap, might be known only after more text.
+            return text[: min(found)[1]]
         keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
