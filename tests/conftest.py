@@ -22,6 +22,13 @@ def shared_session(model_path: Path) -> Iterator["irkit.Session"]:
         yield session
 
 
+@pytest.fixture(scope="session")
+def exact_session(model_path: Path) -> Iterator["irkit.Session"]:
+    """The same in exact precision: what it computes does not depend on how a text is divided into calls."""
+    with irkit.Session(model_path, precision="exact") as session:
+        yield session
+
+
 @pytest.fixture
 def session(shared_session: "irkit.Session") -> "irkit.Session":
     """The shared session with nothing in its cache."""

@@ -94,8 +94,22 @@ def test_events_carry_probabilities(session: irkit.Session) -> None:
     ids = session.tokenize(PROMPT)
     scored = session.score([*ids, *(token.id for token in tokens)], top_logprobs=2)
     for made, found in zip(tokens, scored.tokens[len(ids) :], strict=True):
+        assert found.logprob == pytest.approx(made.logprob, abs=0.2)  # as near as fast precision comes
+
+
+def test_exact_precision_does_not_depend_on_the_division_into_calls(exact_session: irkit.Session) -> None:
+    ids = exact_session.tokenize(PROMPT)
+    sampled: dict[str, Any] = {"temperature": 1.0, "num_predict": 16, "top_k": 50, "seed": 7}
+    exact_session.reset()
+    fresh = exact_session.generate(ids, **sampled)
+    cached = exact_session.generate(ids, **sampled)
+    assert (fresh.stats.cached_tokens, cached.stats.cached_tokens) == (0, len(ids) - 1)
+    assert fresh.text == cached.text
+    tokens = exact_session.generate(ids, **GREEDY).tokens
+    scored = exact_session.score([*ids, *(token.id for token in tokens)], top_logprobs=2)
+    for made, found in zip(tokens, scored.tokens[len(ids) :], strict=True):
         assert found.logprob == pytest.approx(made.logprob, abs=2e-3)
-        assert found.top[0].id == made.top[0].id
+        assert found.top[0].id == made.id
 
 
 def test_score(session: irkit.Session) -> None:
@@ -364,7 +378,7 @@ def test_models_that_are_not_there_or_not_models(tmp_path: Path) -> None:
 
 
 def test_memory_goes_with_the_last_session(model_path: Path) -> None:
-    session = irkit.Session(model_path, num_ctx=64, threads=None, precision="exact")
+    session = irkit.Session(model_path, num_ctx=64, cache_type="f16", precision="exact")  # as no other test does
     session.generate("x", num_predict=1).wait()
     import weakref
 

@@ -55,7 +55,7 @@ def generate(
         length = len(cache.ids) + len(new)
         runtime.prepare(cache.capacity(length), cache.capacity(length + AHEAD), top)
         fits = len(cache.ids) + runtime.at_once <= cache.n_ctx
-        several = len(new) == 1 and options.num_predict != 0 and runtime.at_once > 1 and fits
+        several = writer.count > 0 and runtime.at_once > 0 and fits
         if several:
             arrays = room(runtime, cache, runtime.at_once)
             cache.arrays, sampled = runtime.decode(arrays, new[0], len(cache.ids), settings, top)

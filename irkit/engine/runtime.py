@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 CHUNKS = (1, 8, 32, 128, 512)
 """How many tokens a program reads at once; 1 is decoding."""
-FEW_CHUNKS = (1, 32, 512)
-"""The same for the CPU's kernels, which do not compute padding."""
+FEW_CHUNKS = (32, 512)
+"""The same for the CPU's kernels, which do not compute padding, and read a single token otherwise than several."""
 AT_ONCE = 4
 """Tokens that one call decodes where a call costs much beside a token."""
 _SMALL_BYTES = 400e6
@@ -48,7 +48,7 @@ def chunk(remaining: int, room: int, sizes: Sequence[int] = CHUNKS) -> int:
     size = next((size for size in sizes if size >= remaining), sizes[-1])
     half_empty = sizes is CHUNKS and size > sizes[1] and 2 * remaining <= size
     if size > room or half_empty:
-        size = max(size for size in sizes if size <= min(remaining, room))
+        size = max((size for size in sizes if size <= min(remaining, room)), default=1)
     return min(remaining, size)
 
 
@@ -108,8 +108,8 @@ class Runtime:
 
     @property
     def at_once(self) -> int:
-        """How many tokens `decode` draws."""
-        return AT_ONCE if self._small and self._drawer is self.device else 1
+        """How many tokens `decode` draws; 0 where it is not to be used."""
+        return (AT_ONCE if self._small else 1) if self.packed and self._drawer is self.device else 0
 
     def settings(self, options: SamplingOptions, seed: int) -> Settings:
         """Sampling settings, on the device that draws."""
@@ -132,7 +132,7 @@ class Runtime:
         if (capacity, soon, top) in self._prepared:
             return
         self._prepared.add((capacity, soon, top))
-        decoder = self._decoder if self.at_once > 1 else partial(self._reader, 1)
+        decoder = self._decoder if self.at_once else partial(self._reader, 1)
         self._background.submit(decoder, capacity, top)
         if soon != capacity:
             self._background.submit(self._grower, capacity, soon)
@@ -145,7 +145,7 @@ class Runtime:
 
         `top` asks for the `steps.TOP` likeliest tokens too.
         """
-        tokens, where = self._padded(ids), (_one(start), _one(len(ids)))
+        tokens, where = self._padded(ids, cache.capacity - start), (_one(start), _one(len(ids)))
         program = self._reader(tokens.shape[1], cache.capacity, top)
         if self._drawer is self.device:
             return self._call(program, cache, tokens, *where, settings)
@@ -179,13 +179,14 @@ class Runtime:
         self, cache: KVCache, ids: Sequence[int], start: int, targets: Sequence[int]
     ) -> tuple[KVCache, jax.Array, tuple[jax.Array, jax.Array]]:
         """Read `ids`; the log-probability of each of `targets` after the id at its index."""
-        tokens, rest = self._padded(ids), (_one(len(ids)), self._padded(targets))
+        room = cache.capacity - start
+        tokens, rest = self._padded(ids, room), (_one(len(ids)), self._padded(targets, room))
         program = self._text_program(steps.score, tokens.shape[1], cache.capacity, *rest, top=steps.TOP)
         return self._call(program, cache, tokens, _one(start), *rest)
 
     def pool(self, cache: KVCache, ids: Sequence[int], start: int) -> tuple[KVCache, jax.Array, jax.Array]:
         """Read `ids`; the sum of their final hidden states, and the last of these."""
-        tokens, count = self._padded(ids), _one(len(ids))
+        tokens, count = self._padded(ids, cache.capacity - start), _one(len(ids))
         program = self._text_program(steps.pool, tokens.shape[1], cache.capacity, count)
         return self._call(program, cache, tokens, _one(start), count)
 
@@ -204,9 +205,9 @@ class Runtime:
             library.set_threads(self.threads)  # the number is the process's, and another model may have its own
         return program(self.params, *arguments)
 
-    def _padded(self, ids: Sequence[int]) -> np.ndarray:
-        """One row of `ids`, filled up to the next size that a program reads."""
-        row = np.zeros((1, next(size for size in self.chunks if size >= len(ids))), np.int32)
+    def _padded(self, ids: Sequence[int], room: int) -> np.ndarray:
+        """One row of `ids`, filled up to the next size that a program reads and that there is `room` for."""
+        row = np.zeros((1, next(size for size in (*self.chunks, 1) if len(ids) <= size <= room)), np.int32)
         row[0, : len(ids)] = ids
         return row
 

@@ -1,5 +1,6 @@
 """Stop strings across the borders of tokens."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,7 +10,9 @@ TEXT = st.text("ab<", max_size=30)
 
 
 @given(TEXT, st.lists(st.text("ab<", min_size=1, max_size=4), max_size=3), st.data())
-def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], data: st.DataObject) -> None:
+def test_text_ends_before_the_stop_string_that_is_complete_first(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
     stopper, shown, rest = StopStrings(stops), "", text
     while rest:
         size = data.draw(st.integers(1, len(rest)))
@@ -18,9 +21,15 @@ def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], dat
         ends = [shown.find(stop) for stop in stops]
         assert all(end < 0 for end in ends), "a stop string was shown"
     shown += stopper.flush()
-    places = [text.find(stop) for stop in stops if stop in text]
-    assert shown == (text[: min(places)] if places else text)
-    assert stopper.found == bool(places)
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert shown == (text[: min(found)[1]] if found else text)
+    assert stopper.found == bool(found)
+
+
+@pytest.mark.parametrize("pieces", [["<a<"], ["<", "a", "<"], ["<a", "<"], ["<", "a<"]])
+def test_of_two_that_overlap_the_division_into_tokens_does_not_choose(pieces: list[str]) -> None:
+    stopper = StopStrings(["a", "<a<"])
+    assert "".join(map(stopper.push, pieces)) + stopper.flush() == "<"
 
 
 def test_only_what_could_become_a_stop_string_is_held_back() -> None:

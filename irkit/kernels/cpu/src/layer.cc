@@ -90,6 +90,10 @@ Product product(const Matrix& matrix, const Tiles& x, float* out, int64_t stride
   return {matrix, matrix, x, Finish::kStore, nullptr, out, stride};
 }
 
+// Single tokens are computed one way and several another, whatever else there is: the same text, divided into other
+// calls, then gives the same bits.
+bool are_few(int64_t tokens, int64_t group) { return tokens == 1 && group <= kMostFewRows; }
+
 const uint8_t* head_of(const Attention& a, const void* cache, int64_t b, int64_t head) {
   const int64_t number = a.half ? 2 : 4;
   return static_cast<const uint8_t*>(cache) + (b * a.n_kv_heads + head) * a.capacity * a.d_head * number;
@@ -113,16 +117,16 @@ void linear(const Matrix& matrix, const float* x, int64_t rows, const float* nor
 
 int64_t attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
                           int64_t capacity) {
-  const int64_t rows = tokens * (n_heads / n_kv_heads);
-  if (rows <= kMostFewRows)
+  const int64_t rows = n_heads / n_kv_heads;
+  if (are_few(tokens, rows))
     return aligned(batch * n_kv_heads * ceil_div(capacity, kPartKeys) * rows * (d_head + 2) * 4);
   return aligned(batch * n_kv_heads * ceil_div(tokens, 16) * aligned(many_scratch(d_head, n_heads / n_kv_heads) * 4));
 }
 
 void attend(const Attention& a, uint8_t* scratch) {
-  const int64_t group = a.n_heads / a.n_kv_heads, rows = a.tokens * group;
+  const int64_t group = a.n_heads / a.n_kv_heads, rows = group;
   const int64_t z_stride = a.n_heads * a.d_head;
-  if (rows <= kMostFewRows) {
+  if (are_few(a.tokens, group)) {
     int64_t most = 0;
     for (int64_t b = 0; b < a.batch; ++b) most = std::max<int64_t>(most, a.start[b] + a.count[b]);
     const int64_t parts = ceil_div(most, kPartKeys);

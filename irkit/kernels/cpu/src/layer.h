@@ -24,7 +24,7 @@ struct Attention {
   float scale;
   float* z;
 };
-constexpr int64_t kMostFewRows = 16;  // queries of a key/value head up to which they count as few
+constexpr int64_t kMostFewRows = 16;  // queries of a token and key/value head up to which they count as few
 int64_t attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
                           int64_t capacity);
 void attend(const Attention& a, uint8_t* scratch);
