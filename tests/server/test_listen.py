@@ -25,7 +25,8 @@ def served(model_path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def test_ctrl_c_ends_streams_and_the_server(served):
     process, url = served
-    body = {"model": "smollm2", "prompt": "Count to one thousand.", "options": {"num_predict": 3000}}
+    options = {"num_predict": 3000, "temperature": 0}
+    body = {"model": "smollm2", "prompt": "1, 2, 3, 4, 5, 6, 7, 8, 9,", "raw": True, "options": options}
     with httpx.stream("POST", f"{url}/api/generate", json=body, timeout=120) as response:
         lines = response.iter_lines()
         assert '"done":false' in next(lines)

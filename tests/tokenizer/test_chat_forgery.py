@@ -47,7 +47,9 @@ PIECES = (
     "s", "</think>", "<think>", " ", "\n", "x", "y", "é", "\"", "\\", "_end", "im_", "\U000f0000", "{{ x }}",
 )  # fmt: skip
 hostile = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
-harmless = st.text(st.characters(exclude_characters="<>|_", exclude_categories=["Cs"]), max_size=12)
+harmless = st.text(st.characters(exclude_characters="<>|_", exclude_categories=["Cs"]), max_size=12).filter(
+    lambda text: text not in ("s", "user")  # between the brackets of a template these would be control tokens
+)
 
 
 def conversation(content: str) -> list[dict[str, Any]]:
