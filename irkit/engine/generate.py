@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from irkit.options import GenerateOptions
     from irkit.tokenizer import Tokenizer
     from irkit.transformer.cache import KVCache
-    from irkit.transformer.sampling import Sampled
+    from irkit.transformer.sampling import Sampled, Settings
 
 
 def generate(
@@ -48,27 +48,24 @@ def generate(
     writer = Writer(tokenizer, options, room=cache.n_ctx - len(ids))
     new = ids[cached:]
     top = options.top_logprobs > 0
+
+    def stopped() -> bool:
+        return cancelled.is_set() or cache.closed.is_set()
+
     while not writer.reason:
-        if cancelled.is_set() or cache.closed.is_set():
-            writer.reason = "cancelled"
-            break
         length = len(cache.ids) + len(new)
         runtime.prepare(cache.capacity(length), cache.capacity(length + AHEAD), top)
         fits = len(cache.ids) + runtime.at_once <= cache.n_ctx
         several = writer.count > 0 and runtime.at_once > 0 and fits
-        if several:
+        sampled = None
+        if not several:
+            sampled = read(runtime, cache, new, settings, top, stopped)
+        elif not stopped():
             arrays = room(runtime, cache, runtime.at_once)
             cache.arrays, sampled = runtime.decode(arrays, new[0], len(cache.ids), settings, top)
-        else:
-            sampled = None
-            for arrays, part in chunks(runtime, cache, new):
-                if cancelled.is_set() or cache.closed.is_set():
-                    writer.reason = "cancelled"
-                    break
-                cache.arrays, sampled = runtime.read(arrays, part, len(cache.ids), settings, top)
-                # jax returns before the work is done: without waiting, a whole prompt would be under way at once.
-                sampled.token.block_until_ready()
-        if options.num_predict == 0:
+        if sampled is None:
+            writer.reason = "cancelled"
+        elif options.num_predict == 0:
             writer.reason = "length"
         for drawn in one_by_one(sampled):
             if writer.reason:
@@ -91,6 +88,20 @@ def generate(
         decode_seconds=last - first,
     )
     generation._finish(writer.reason or "cancelled", stats, tail=writer.flush())
+
+
+def read(
+    runtime: Runtime, cache: Cache, ids: Sequence[int], settings: Settings, top: bool, stopped: Callable[[], bool]
+) -> Sampled | None:
+    """Read `ids` into `cache`; what was drawn after them, or None where `stopped()` is true between two chunks."""
+    sampled = None
+    for arrays, part in chunks(runtime, cache, ids):
+        if stopped():
+            return None
+        cache.arrays, sampled = runtime.read(arrays, part, len(cache.ids), settings, top)
+        # jax returns before the work is done: without waiting, a whole prompt would be under way at once.
+        sampled.token.block_until_ready()
+    return sampled
 
 
 class Writer:
@@ -149,10 +160,12 @@ def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple
 
     Whoever takes a part reads it, and leaves the new arrays in `cache.arrays`, before taking the next.
     """
-    arrays = room(runtime, cache, len(ids))
+    least = runtime.chunks[0]  # what the last part is padded to, if not more
+    arrays = room(runtime, cache, -(-len(ids) // least) * least)
     done = 0
     while done < len(ids):
-        part = ids[done : done + chunk(len(ids) - done, arrays.capacity - len(cache.ids), runtime.chunks)]
+        size = chunk(len(ids) - done, arrays.capacity - len(cache.ids), runtime.chunks, runtime.packed)
+        part = ids[done : done + size]
         yield arrays, part
         assert cache.arrays is not None
         arrays = cache.arrays

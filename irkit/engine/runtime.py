@@ -40,14 +40,14 @@ _SMALL_BYTES = 400e6
 _FAST = {"cuda": jnp.bfloat16, "metal": jnp.float16, "mps": jnp.float16}
 
 
-def chunk(remaining: int, room: int, sizes: Sequence[int] = CHUNKS) -> int:
+def chunk(remaining: int, room: int, sizes: Sequence[int] = CHUNKS, free_padding: bool = False) -> int:
     """How many of `remaining` tokens to read next, where the cache has `room` for padding and all.
 
-    As many as fill a program by more than half where a padded token costs as much as a real one.
+    As many as fill a program by more than half, unless a padded token costs nothing.
     """
     size = next((size for size in sizes if size >= remaining), sizes[-1])
-    half_empty = sizes is CHUNKS and size > sizes[1] and 2 * remaining <= size
-    if size > room or half_empty:
+    half_empty = size > sizes[1] and 2 * remaining <= size
+    if size > room or (half_empty and not free_padding):
         size = max((size for size in sizes if size <= min(remaining, room)), default=1)
     return min(remaining, size)
 
@@ -75,7 +75,7 @@ class Runtime:
         self._programs: dict[tuple[Any, ...], Future[Program]] = {}
         self._compiling = threading.Lock()
         plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
-        self._shapes = weights.tree_map(self._shape, plans)
+        self._shapes = jax.tree.map(self._shape, plans)
         self._small = self.packed and weights.total(plans) <= _SMALL_BYTES
         with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
             reading = weights.read(model.file, plans, kernels, pool)
@@ -86,21 +86,17 @@ class Runtime:
             capacity = min(SMALLEST, model.config.n_ctx)
             self._background.submit(self._reader, 32, capacity, False)
             self.prepare(capacity, capacity, top=False)
-            self.params = weights.tree_map(self._place, reading)
+            self.params = jax.tree.map(self._place, plans, reading)
 
-    def _shape(self, plan: weights.Plan | None) -> Any:
-        if plan is None:
-            return None
+    def _shape(self, plan: weights.Plan) -> Any:
         shape = plan.weight.shape
         if plan.form is not None:
             rows, cols = shape
             return cpu.Packed(jax.ShapeDtypeStruct((plan.nbytes,), jnp.uint8), plan.form, (rows, cols))
         return jax.ShapeDtypeStruct(shape, self.dtype if len(shape) == 2 else jnp.float32)
 
-    def _place(self, reading: tuple[weights.Plan, Callable[[], np.ndarray]] | None) -> Any:
-        if reading is None:
-            return None
-        plan, value = reading[0], reading[1]()
+    def _place(self, plan: weights.Plan, reading: Callable[[], np.ndarray]) -> Any:
+        value = reading()
         if plan.form is not None:
             rows, cols = plan.weight.shape
             return cpu.Packed(jax.device_put(value, self.device), plan.form, (rows, cols))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from irkit.kernels import cpu, xla
+from irkit import kernels
 from irkit.transformer.decoder import Params, forward
 from irkit.transformer.sampling import Sampled, Settings, sample
 
@@ -54,8 +54,8 @@ def read_and_sample(
 ) -> tuple[KVCache, Sampled]:
     """The token drawn after the last one that counts."""
     cache, logits = read(params, cache, tokens, start, count, config=config)
-    kernels = cpu if isinstance(params["embed"], cpu.Packed) else xla
-    return cache, sample(logits, cache.tokens, start + count, settings, top=top, kernels=kernels)
+    its = kernels.of(params["embed"])
+    return cache, sample(logits, cache.tokens, start + count, settings, top=top, kernels=its)
 
 
 def decode(

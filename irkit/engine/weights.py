@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from irkit import families
@@ -58,33 +59,29 @@ def plan(file: File, weights: Any, kernels: CDLL | None) -> Any:
             return Plan(weight, None)
         return Plan(weight, packing.form_of(kernels, info.format, (info.shape[0], info.shape[1])))
 
-    return tree_map(one, weights)
+    return jax.tree.map(one, weights)
 
 
 def read(file: File, plans: Any, kernels: CDLL | None, pool: Executor) -> Any:
-    """Begin reading on the pool's threads: for each plan a pair of it and of a function that waits for its value.
+    """Begin reading on the pool's threads: for each plan a function that waits for its value.
 
     That is a float32 array, or a uint8 one of what is packed.
     """
     places = _places(plans)
 
-    def one(plan: Plan | None) -> tuple[Plan, Callable[[], Any]] | None:
-        if plan is None:
-            return None
+    def one(plan: Plan) -> Callable[[], Any]:
         if plan.form is not None and kernels is not None:
-            return plan, _pack(file, plan, kernels, places[plan.weight.name], pool)
+            return _pack(file, plan, kernels, places[plan.weight.name], pool)
         room = places.get(plan.weight.name)
         out = None if room is None else room.view(np.float32).reshape(plan.weight.shape)
-        return plan, pool.submit(families.read_weight, file, plan.weight, out).result
+        return pool.submit(families.read_weight, file, plan.weight, out).result
 
-    return tree_map(one, plans)
+    return jax.tree.map(one, plans)
 
 
 def total(plans: Any) -> int:
     """The memory that the plans' parameters take together."""
-    sizes: list[int] = []
-    tree_map(lambda plan: sizes.append(plan.nbytes) if plan else None, plans)
-    return sum(sizes)
+    return sum(plan.nbytes for plan in jax.tree.leaves(plans))
 
 
 def _pack(file: File, plan: Plan, kernels: CDLL, out: np.ndarray, pool: Executor) -> Callable[[], np.ndarray]:
@@ -123,8 +120,7 @@ def _places(plans: Any) -> dict[str, np.ndarray]:
 
     Linux gives one large piece in large pages: touched for the first time, it costs a third of many small ones.
     """
-    found: list[Plan] = []
-    tree_map(lambda plan: found.append(plan) if plan and plan.weight.derive is None else None, plans)
+    found = [plan for plan in jax.tree.leaves(plans) if plan.weight.derive is None]
     sizes = [-(-plan.nbytes // 64) * 64 for plan in found]
     arena = np.empty(sum(sizes) + 64, np.uint8)
     start = -arena.ctypes.data % 64
@@ -133,12 +129,3 @@ def _places(plans: Any) -> dict[str, np.ndarray]:
         places[plan.weight.name] = arena[start : start + plan.nbytes]
         start += size
     return places
-
-
-def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """`function` of every leaf of nested dicts and lists, None included."""
-    if isinstance(tree, dict):
-        return {key: tree_map(function, value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [tree_map(function, value) for value in tree]
-    return function(tree)

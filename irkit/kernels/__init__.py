@@ -4,25 +4,14 @@
 what the faster ones in `cpu`, for packed weights, are tested against.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from jax import Array
+from types import ModuleType
+from typing import Any
 
 from irkit.kernels import cpu, xla
 
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-
-__all__ = ["linear", "take"]
+__all__ = ["of"]
 
 
-def take(matrix: Array | cpu.Packed, ids: Int[Array, "b t"]) -> Float[Array, "b t i"]:
-    """The rows `ids` of a matrix, in float32; ids outside it are clipped to it."""
-    return cpu.take(matrix, ids) if isinstance(matrix, cpu.Packed) else xla.take(matrix, ids)
-
-
-def linear(x: Float[Array, "b t i"], weight: Array | cpu.Packed) -> Float[Array, "b t o"]:
-    """`x` times the transposed `weight`, in float32."""
-    return cpu.linear(x, weight) if isinstance(weight, cpu.Packed) else xla.linear(x, weight)
+def of(matrix: Any) -> ModuleType:
+    """The module whose functions read `matrix`: `cpu` for a packed one, `xla` for an array."""
+    return cpu if isinstance(matrix, cpu.Packed) else xla

@@ -31,6 +31,11 @@ def linear(x: Float[Array, "b t i"], weight: Float[Array, "o i"]) -> Float[Array
     return _einsum("bti,oi->bto", x.astype(weight.dtype), weight)
 
 
+def by_head(z: Float[Array, "b t n h"], weight: Float[Array, "o n*h"]) -> Float[Array, "b t n o"]:
+    """`linear` of one head's values at a time: what each of n heads adds to the stream."""
+    return _einsum("btnh,onh->btno", z, weight.reshape(-1, *z.shape[2:]).astype(z.dtype))
+
+
 def attention(
     q: Float[Array, "b t k*g h"],
     keys: Float[Array, "b k c h"],

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from irkit.kernels import cpu, linear, take, xla
+from irkit import kernels
+from irkit.kernels import cpu
 from irkit.transformer.cache import KVCache, write, write_tokens
 from irkit.transformer.config import Config
 from irkit.transformer.taps import Taps
@@ -60,7 +61,7 @@ def forward(
     rotation = rotary(positions, params["inv_freq"])
     if count is None:
         count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    resid = tap("hook_embed", take(params["embed"], tokens))
+    resid = tap("hook_embed", kernels.of(params["embed"]).take(params["embed"], tokens))
     keys, values = [], []
     for index, block in enumerate(params["blocks"]):
         layer_tap = tap.layer(index)
@@ -81,7 +82,7 @@ def forward(
         )
     normed = rms_norm(resid, params["ln_final"], config.eps, tap, "ln_final")
     unembed = params["unembed"] if params["unembed"] is not None else params["embed"]
-    logits = linear(normed, unembed)
+    logits = kernels.of(unembed).linear(normed, unembed)
     return logits, KVCache(keys, values, write_tokens(cache.tokens, tokens, start)), tap.captures
 
 
@@ -102,12 +103,12 @@ def layer(
     q = tap("attn.hook_rot_q", rotate(q, *rotation))
     k = tap("attn.hook_rot_k", rotate(k, *rotation))
     cached = write(cached[0], k, positions[:, 0]), write(cached[1], v, positions[:, 0])
-    attention = cpu.attention if isinstance(block["o"], cpu.Packed) else xla.attention
+    its = kernels.of(block["o"])
     looked_at = tap.wants("attn.hook_attn_scores") or tap.wants("attn.hook_pattern")
-    z = attention(q, *cached, positions, config.attention_scale, tap if looked_at else None)
+    z = its.attention(q, *cached, positions, config.attention_scale, tap if looked_at else None)
     z = tap("attn.hook_z", z)
     if tap.wants("attn.hook_result"):
-        tap("attn.hook_result", by_head(z, block["o"]))
+        tap("attn.hook_result", its.by_head(z, block["o"]))
     attn_out = tap("hook_attn_out", affine(z.reshape(*z.shape[:2], -1), block, "o"))
     resid = tap("hook_resid_mid", resid + attn_out)
     normed = rms_norm(resid, block["ln2"], config.eps, tap, "ln2")
@@ -117,18 +118,9 @@ def layer(
     return resid + mlp_out, cached
 
 
-def by_head(z: Float[Array, "b t H h"], o: Array | cpu.Packed) -> Float[Array, "b t H d"]:
-    """What each head adds to the stream: the output matrix, of one head's values at a time."""
-    if isinstance(o, cpu.Packed):
-        alone = z[..., :, None, :] * jnp.eye(z.shape[2])[:, :, None]  # [b, t, H, H, h], zero but for the head's own
-        return linear(alone.reshape(z.shape[0], -1, z.shape[2] * z.shape[3]), o).reshape(*z.shape[:3], -1)
-    per_head = o.reshape(-1, *z.shape[2:]).astype(z.dtype)
-    return jnp.einsum("btHh,dHh->btHd", z, per_head, precision=lax.Precision.HIGHEST)
-
-
 def affine(x: Float[Array, "b t i"], block: Params, name: str) -> Float[Array, "b t o"]:
     """A matrix of the block, with its bias where the model has one."""
-    y = linear(x, block[name])
+    y = kernels.of(block[name]).linear(x, block[name])
     bias = block[f"{name}_bias"]
     return y if bias is None else y + bias
 

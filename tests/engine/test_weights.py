@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -33,15 +34,14 @@ def tree_of(file: gguf.File) -> Any:
 
 
 def flat(tree: Any) -> list[Any]:
-    found: list[Any] = []
-    weights.tree_map(found.append, tree)
-    return found
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)
 
 
 def read(file: gguf.File, kernels: ctypes.CDLL | None) -> list[tuple[weights.Plan, np.ndarray]]:
     plans = weights.plan(file, tree_of(file), kernels)
     with ThreadPoolExecutor(3) as pool:
-        return [(plan, value()) for plan, value in filter(None, flat(weights.read(file, plans, kernels, pool)))]
+        reading = jax.tree.leaves(weights.read(file, plans, kernels, pool))
+        return [(plan, value()) for plan, value in zip(jax.tree.leaves(plans), reading, strict=True)]
 
 
 @pytest.mark.parametrize("format_name", FORM_OF)

@@ -60,6 +60,12 @@ def linear(x: Float[Array, "b t i"], matrix: Packed) -> Float[Array, "b t o"]:
     return jax.ffi.ffi_call("irkit_linear", results)(x, matrix.data, **matrix.attributes)[0]
 
 
+def by_head(z: Float[Array, "b t n h"], matrix: Packed) -> Float[Array, "b t n o"]:
+    """`linear` of one head's values at a time: what each of n heads adds to the stream."""
+    alone = z[..., :, None, :] * jnp.eye(z.shape[2])[:, :, None]  # [b, t, n, n, h], zero but for the head's own
+    return linear(alone.reshape(*z.shape[:3], -1), matrix)
+
+
 def attention(
     q: Float[Array, "b t k*g h"],
     keys: Float[Array, "b k c h"],

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "api.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -16,8 +18,6 @@
 #define HWCAP_ASIMDHP (1 << 10)
 #endif
 #endif
-
-#define IRKIT_EXPORT __attribute__((visibility("default")))
 
 namespace irkit {
 namespace {
@@ -89,6 +89,6 @@ Isa best_isa() {
 
 }  // namespace irkit
 
-IRKIT_EXPORT const char* irkit_isa() { return irkit::isa_name(irkit::best_isa()); }
+IRKIT_API const char* irkit_isa() { return irkit::isa_name(irkit::best_isa()); }
 
-IRKIT_EXPORT int irkit_abi_version() { return 1; }
+IRKIT_API int irkit_abi_version() { return 1; }
