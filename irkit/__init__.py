@@ -4,14 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from irkit import errors, gguf, tokenizer
+from irkit.edits import Edit, ablate, call, patch, scale, steer
 from irkit.errors import IrkitError
+from irkit.trace import Trace
 
 if TYPE_CHECKING:
     from irkit.session import Session
     from irkit.transformer.sampling import sampling_distribution
 
 __version__ = "0.1.0.dev0"
-__all__ = ["IrkitError", "Session", "__version__", "errors", "gguf", "sampling_distribution", "tokenizer"]
+__all__ = [
+    "Edit",
+    "IrkitError",
+    "Session",
+    "Trace",
+    "__version__",
+    "ablate",
+    "call",
+    "errors",
+    "gguf",
+    "patch",
+    "sampling_distribution",
+    "scale",
+    "steer",
+    "tokenizer",
+]
 
 # What needs jax is imported when it is first asked for, so that `import irkit` stays quick.
 _LAZY = {"Session": "irkit.session", "sampling_distribution": "irkit.transformer.sampling"}

@@ -35,6 +35,14 @@ Tools = Annotated[
     Field(description="Tools the model may call, as JSON schemas, if its chat template has a place for them."),
 ]
 System = Annotated[str | None, Field(description="What the model is told before the conversation.")]
+Edits = Annotated[
+    Sequence[Any] | None,
+    Field(description="Changes to make in the pass, as irkit.steer, scale, ablate, patch and call make, or as JSON."),
+]
+Captures = Annotated[
+    str | Sequence[str] | Mapping[str, Any] | None,
+    Field(description="Hook points whose values each token is to carry: names, or an object of capture options."),
+]
 PlainText = Annotated[str, Field(description="Text.")]
 ModelName = Annotated[str | Path, Field(description="The name of a model, or a path to a GGUF file.")]
 
@@ -59,6 +67,16 @@ StopStrings = Annotated[
     AfterValidator(_no_empty_stop),
     Field(max_length=64),
 ]
+
+
+def _as_several(value: object) -> object:
+    if isinstance(value, range):
+        return tuple(value)
+    return (value,) if isinstance(value, str | int) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_several)]
+Numbers = Annotated[tuple[int, ...], BeforeValidator(_as_several)]
 LogitBias = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-1e4, le=1e4)]]
 
 
@@ -159,6 +177,34 @@ class EmbedOptions(Options):
     """What stands for a text: the mean over its positions, or its last position."""
     normalize: bool = True
     """Scale each vector to length 1."""
+
+
+class CaptureOptions(Options):
+    """What to keep of a forward pass."""
+
+    names: Strings | None = None
+    """Hook points, by short name (pattern, resid_post) or full; if not given, all but result and attn_scores."""
+    layers: Numbers | None = None
+    """Layers to keep, of those names that do not hold one; negative ones count from the last; if not given, all."""
+    heads: Numbers | None = None
+    """Heads to keep where there are heads; if not given, all."""
+    reduce: Literal["none", "last", "mean", "norm", "entropy", "top_k", "lens"] = "none"
+    """What to keep of each value, worked out on the device: its last position, the mean over positions, the length of
+    each vector, the entropy of each row of a pattern, the k largest numbers, or the k likeliest next tokens as the
+    logit lens reads them."""
+    k: int = Field(default=10, ge=1, le=1000)
+    """How many numbers or tokens top_k and lens keep."""
+    budget: int | None = Field(default=None, ge=0, le=1 << 50)
+    """The most bytes that what is kept may take; if not given, half of the memory that is free."""
+
+
+class TraceOptions(CaptureOptions):
+    """What a trace keeps of a forward pass, and how much of it."""
+
+    positions: Numbers | None = None
+    """Token positions to keep; negative ones count from the last; if not given, all."""
+    logits: Literal["all", "last", "none"] = "all"
+    """Of which positions to keep the logits."""
 
 
 class ServeOptions(Options):
@@ -277,3 +323,9 @@ def accepts(model: type[Options]) -> Callable[[_Function], _Function]:
         return function
 
     return mark
+
+
+def python_only(function: _Function) -> _Function:
+    """Marks a public method of `Session` that takes or returns what only a program can: it is no verb."""
+    function.__python_only__ = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function

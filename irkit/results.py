@@ -5,7 +5,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -42,6 +42,8 @@ class Token:
     """The likeliest tokens in its place, likeliest first, as many as were asked for."""
     time: float | None = None
     """Seconds from the request to this token."""
+    captures: Any = field(default=None, repr=False, compare=False)
+    """A `Trace` of the forward pass that made it, if something was to be captured: of one position."""
 
 
 @dataclass(frozen=True, slots=True)

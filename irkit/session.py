@@ -4,14 +4,20 @@ Its public methods are irkit's verbs. `irkit.verbs` reads them, with their optio
 and the server are made from what it finds: a new method here appears on every surface.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from irkit import hub
+from irkit.edits import Edit, call
+from irkit.edits import parse as parse_edits
 from irkit.engine import Model, open_model
 from irkit.errors import OptionError
 from irkit.options import (
+    CaptureOptions,
+    Captures,
     DetokenizeOptions,
+    Edits,
     EmbedOptions,
     GenerateOptions,
     LoadOptions,
@@ -25,11 +31,14 @@ from irkit.options import (
     TokenIds,
     TokenizeOptions,
     Tools,
+    TraceOptions,
     accepts,
     check,
     parse,
+    python_only,
 )
 from irkit.results import Generation, Info, Score
+from irkit.trace import Estimate, Trace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +65,7 @@ class Session:
         self.name = str(model)
         self._model: Model | None = open_model(hub.ensure(model), self.options)
         self._cache = self._model.new_cache(self.options.num_ctx)
+        self._edits: list[Edit] = []
 
     @property
     def model(self) -> Model:
@@ -69,8 +79,10 @@ class Session:
         return self._model
 
     @accepts(GenerateOptions)
-    def generate(self, prompt: Text, **options: Any) -> Generation:
+    def generate(self, prompt: Text, capture: Captures = None, edits: Edits = None, **options: Any) -> Generation:
         """Continue a text, as it is: no chat template is applied.
+
+        With `capture`, each token carries a `Trace` of the forward pass that made it, in `token.captures`.
 
         Raises:
             ContextFullError: the prompt does not fit the context.
@@ -78,11 +90,16 @@ class Session:
         """
         parsed = parse(GenerateOptions, options)
         self.model.load()  # tokenizing goes on beside it
-        return self.model.generate(self._ids(prompt, "prompt"), parsed, self._cache)
+        taps = self._taps(capture, edits)
+        return self.model.generate(self._ids(prompt, "prompt"), parsed, self._cache, *taps)
 
     @accepts(GenerateOptions)
-    def respond(self, messages: Messages, tools: Tools = None, **options: Any) -> Generation:
+    def respond(
+        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+    ) -> Generation:
         """Answer a conversation, laid out by the model's own chat template.
+
+        With `capture`, each token carries a `Trace` of the forward pass that made it, in `token.captures`.
 
         Raises:
             ContextFullError: the conversation does not fit the context.
@@ -96,7 +113,7 @@ class Session:
         ids = model.template.encode(model.tokenizer, messages, tools=tools)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
         parsed = parsed.model_copy(update={"stop": (*parsed.stop, *model.template.stop)})
-        return model.generate(ids, parsed, self._cache)
+        return model.generate(ids, parsed, self._cache, *self._taps(capture, edits))
 
     @accepts(TokenizeOptions)
     def tokenize(self, text: PlainText, **options: Any) -> list[int]:
@@ -122,7 +139,28 @@ class Session:
             ContextFullError: the text does not fit the context.
         """
         parsed = parse(ScoreOptions, options)
-        return self.model.score(self._ids(text, "text"), parsed.top_logprobs, self._cache.n_ctx)
+        ids, edits = self._ids(text, "text"), tuple(self._edits)
+        return self.model.score(ids, parsed.top_logprobs, self._cache.n_ctx, edits)
+
+    @accepts(TraceOptions)
+    def trace(self, texts: Texts, edits: Edits = None, **options: Any) -> Trace:
+        """Show what one forward pass computes, at the hook points `names`.
+
+        Raises:
+            BudgetError: the trace would take more memory than it may; `estimate` says how much.
+            ContextFullError: a text does not fit the context.
+            OptionError: there is no such hook point, layer, head or position.
+        """
+        parsed, rows = parse(TraceOptions, options), self._rows(texts)
+        changes = (*self._edits, *parse_edits(edits))
+        return self.model.trace(self.name, rows, parsed, changes, self._cache.n_ctx)
+
+    @accepts(TraceOptions)
+    def estimate(self, texts: Texts, edits: Edits = None, **options: Any) -> Estimate:
+        """Say how many bytes `trace` would hold, without computing anything."""
+        parsed, rows = parse(TraceOptions, options), self._rows(texts)
+        changes = (*self._edits, *parse_edits(edits))
+        return self.model.estimate(rows, parsed, changes, self._cache.n_ctx)
 
     @accepts(EmbedOptions)
     def embed(self, texts: Texts, **options: Any) -> "np.ndarray":
@@ -132,9 +170,65 @@ class Session:
             ContextFullError: a text does not fit the context.
         """
         parsed = parse(EmbedOptions, options)
-        several = [texts] if isinstance(texts, str) else check(Texts, "texts", texts)
-        ids = [self._ids(text, "texts") for text in several]
-        return self.model.embed(ids, parsed.pooling, parsed.normalize, self._cache.n_ctx)
+        edits = tuple(self._edits)
+        return self.model.embed(self._rows(texts), parsed.pooling, parsed.normalize, self._cache.n_ctx, edits)
+
+    @python_only
+    def run_with_cache(
+        self,
+        texts: Texts,
+        names_filter: "str | Sequence[str] | Callable[[str], bool] | None" = None,
+        pos_slice: "int | slice | Sequence[int] | None" = None,
+        **options: Any,
+    ) -> "tuple[np.ndarray, Trace]":
+        """Run the model and keep what the hook points show, in TransformerLens's words: logits `[b, pos, d_vocab]`,
+        and the cache.
+
+        `options` are those of `trace`.
+        """
+        from irkit.engine.tapping import choose
+        from irkit.transformer.taps import hook_names
+
+        names = names_filter
+        if callable(names):
+            names = tuple(filter(names, hook_names(self.model.config.n_layers)))
+        length = max(map(len, self._rows(texts)))
+        positions = choose(pos_slice, length, "pos_slice") if pos_slice is not None else None
+        found = self.trace(texts, names=names, positions=positions, **options)
+        return found.logits, found
+
+    @python_only
+    def run_with_hooks(
+        self, texts: Texts, fwd_hooks: "Sequence[tuple[Any, Callable[..., Any]]]" = (), edits: Edits = None
+    ) -> "np.ndarray":
+        """Run the model with functions at its hook points: the logits `[b, pos, d_vocab]`.
+
+        Each of `fwd_hooks` is a name, or a function of names, and a `function(value, hook)`. It is traced once and
+        compiled: it returns the new value (or None to leave it) and cannot change `value` in place.
+        """
+        with self.hooks(fwd_hooks, edits):
+            return self.trace(texts, names=()).logits
+
+    @python_only
+    @contextmanager
+    def hooks(
+        self, fwd_hooks: "Sequence[tuple[Any, Callable[..., Any]]]" = (), edits: Edits = None
+    ) -> "Iterator[Session]":
+        """Within the `with` block, everything the session computes goes through these functions and edits."""
+        from irkit.transformer.taps import hook_names
+
+        n_layers = self.model.config.n_layers
+        changes = [
+            call(full, function)
+            for name, function in fwd_hooks
+            for full in (filter(name, hook_names(n_layers)) if callable(name) else [name])
+        ]
+        before = self._edits
+        self._edits = [*before, *changes, *parse_edits(edits)]
+        try:
+            yield self
+        finally:
+            self._edits = before
 
     def info(self) -> Info:
         """Say what the model is and how it is run here."""
@@ -170,6 +264,19 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session({self.name!r})" if self._model else f"<closed Session({self.name!r})>"
+
+    def _taps(self, capture: Any, edits: Any) -> tuple[CaptureOptions | None, tuple[Edit, ...]]:
+        if capture is not None:
+            given = capture if isinstance(capture, Mapping) else {"names": capture}
+            capture = parse(CaptureOptions, given)
+        return capture, (*self._edits, *parse_edits(edits))
+
+    def _rows(self, texts: Any) -> list[Sequence[int]]:
+        """Token ids of each of `texts`, which may be one text, or the ids of one."""
+        texts = check(Texts | TokenIds, "texts", texts)
+        one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
+        several: Any = [texts] if one else texts
+        return [self._ids(text, "texts") for text in several]
 
     def _ids(self, text: Any, what: str) -> Sequence[int]:
         """Token ids of `text`, which may be token ids already; BOS alone for an empty text."""

@@ -64,7 +64,8 @@ class Verb:
 def verbs() -> MappingProxyType[str, Verb]:
     """Every verb by name, in the order of `Session`'s methods."""
     methods = {name: method for name, method in vars(Session).items() if inspect.isfunction(method)}
-    return MappingProxyType({n: _verb(method) for n, method in methods.items() if not n.startswith("_")})
+    mine = {name: m for name, m in methods.items() if name[0] != "_" and not hasattr(m, "__python_only__")}
+    return MappingProxyType({name: _verb(method) for name, method in mine.items()})
 
 
 def load_parameters() -> tuple[Parameter, ...]:

@@ -14,12 +14,19 @@ PACKAGE = Path(irkit.__file__).parent
 
 def test_public_names() -> None:
     assert sorted(irkit.__all__) == [
+        "Edit",
         "IrkitError",
         "Session",
+        "Trace",
         "__version__",
+        "ablate",
+        "call",
         "errors",
         "gguf",
+        "patch",
         "sampling_distribution",
+        "scale",
+        "steer",
         "tokenizer",
     ]
     for name in irkit.__all__:
@@ -65,7 +72,7 @@ ORDER = [
     {"transformer", "families", "tokenizer", "hub"},
     {"kernels"},
     {"gguf"},
-    {"options", "results", "errors"},
+    {"options", "results", "trace", "edits", "errors"},
 ]
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop, `irkit serve` the server.
 OPENS = {("session", "cli"), ("cli", "server")}

@@ -27,6 +27,8 @@ class Cache:
         self.n_ctx = n_ctx
         self.arrays: KVCache | None = None
         self.ids: list[int] = []
+        self.provenance: str | None = None
+        """What edits went into it: None where there were none."""
         self.closed = threading.Event()
         """Set when its session closes: what is still to be computed with it ends."""
 
@@ -37,8 +39,13 @@ class Cache:
             size = -(-tokens // LARGEST_STEP) * LARGEST_STEP
         return min(max(SMALLEST, size, self.arrays.capacity if self.arrays else 0), self.n_ctx)
 
-    def keep_prefix_of(self, ids: Sequence[int]) -> int:
-        """Forget what does not begin `ids`, and the last of `ids`, whose logits are wanted; how many stay."""
+    def keep_prefix_of(self, ids: Sequence[int], provenance: str | None = None) -> int:
+        """Forget what does not begin `ids`, and the last of `ids`, whose logits are wanted; how many stay.
+
+        Nothing stays of what other edits went into: an edited cache never serves a clean run.
+        """
+        if provenance != self.provenance:
+            self.ids, self.provenance = [], provenance
         most = min(len(self.ids), len(ids) - 1)
         same = next((n for n in range(most) if self.ids[n] != ids[n]), most)
         del self.ids[same:]
@@ -47,4 +54,5 @@ class Cache:
     def clear(self) -> None:
         """Forget every token, and free the memory."""
         self.ids = []
+        self.provenance = None
         self.arrays = None

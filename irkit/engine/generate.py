@@ -20,10 +20,15 @@ from irkit.results import Alternative, FinishReason, Generation, Score, Stats, T
 if TYPE_CHECKING:
     from irkit.engine.cache import Cache
     from irkit.engine.runtime import Runtime
+    from irkit.engine.tapping import Tapping
     from irkit.options import GenerateOptions
     from irkit.tokenizer import Tokenizer
     from irkit.transformer.cache import KVCache
     from irkit.transformer.sampling import Sampled, Settings
+
+
+Shower = Callable[[dict[str, Any], int], Any]
+"""From what was captured in one pass, and the tokens that the cache then held, to what a token carries."""
 
 
 def generate(
@@ -36,15 +41,18 @@ def generate(
     generation: Generation,
     cancelled: threading.Event,
     asked: float,
+    tapping: Tapping,
+    show: Shower,
 ) -> None:
     """Make the answer to `ids`, token by token, into `generation`.
 
     `asked` is when it was asked for, on `time.perf_counter`'s clock; `cancelled` is looked at between
-    steps, and between the chunks of a long prompt.
+    steps, and between the chunks of a long prompt. `tapping` edits every pass, and captures from those that make a
+    token; `show` turns what was captured into what the token carries.
     """
     ready = first = last = time.perf_counter()
     settings = runtime.settings(options, seed)
-    cached = cache.keep_prefix_of(ids)
+    cached = cache.keep_prefix_of(ids, tapping.provenance)
     writer = Writer(tokenizer, options, room=cache.n_ctx - len(ids))
     new = ids[cached:]
     top = options.top_logprobs > 0
@@ -54,15 +62,18 @@ def generate(
 
     while not writer.reason:
         length = len(cache.ids) + len(new)
-        runtime.prepare(cache.capacity(length), cache.capacity(length + AHEAD), top)
+        if not tapping:
+            runtime.prepare(cache.capacity(length), cache.capacity(length + AHEAD), top)
         fits = len(cache.ids) + runtime.at_once <= cache.n_ctx
         several = writer.count > 0 and runtime.at_once > 0 and fits
-        sampled = None
+        sampled, captures = None, {}
         if not several:
-            sampled = read(runtime, cache, new, settings, top, stopped)
+            sampled, captures = read(runtime, cache, new, settings, top, stopped, tapping)
         elif not stopped():
             arrays = room(runtime, cache, runtime.at_once)
-            cache.arrays, sampled = runtime.decode(arrays, new[0], len(cache.ids), settings, top)
+            found = runtime.decode(arrays, new[0], len(cache.ids), settings, top, tapping)
+            cache.arrays, sampled, captures = found
+            captures = jax.tree.map(itemgetter(0), captures)  # there is one step where anything is captured
         if sampled is None:
             writer.reason = "cancelled"
         elif options.num_predict == 0:
@@ -77,7 +88,8 @@ def generate(
             last = time.perf_counter()
             first = last if writer.count == 1 else first
             likeliest = alternatives(tokenizer, *drawn.top, options.top_logprobs)
-            generation._put(Token(token, text, float(drawn.logprob[0]), likeliest, last - asked))
+            shown = show(captures, len(cache.ids)) if captures else None
+            generation._put(Token(token, text, float(drawn.logprob[0]), likeliest, last - asked, shown))
             new = [token]
     stats = Stats(
         prompt_tokens=len(ids),
@@ -91,17 +103,26 @@ def generate(
 
 
 def read(
-    runtime: Runtime, cache: Cache, ids: Sequence[int], settings: Settings, top: bool, stopped: Callable[[], bool]
-) -> Sampled | None:
-    """Read `ids` into `cache`; what was drawn after them, or None where `stopped()` is true between two chunks."""
-    sampled = None
+    runtime: Runtime,
+    cache: Cache,
+    ids: Sequence[int],
+    settings: Settings,
+    top: bool,
+    stopped: Callable[[], bool],
+    tapping: Tapping,
+) -> tuple[Sampled | None, dict[str, Any]]:
+    """Read `ids` into `cache`; what was drawn and captured after them, or None where `stopped()` between two chunks."""
+    sampled, captures = None, {}
+    only_edits, end = tapping.without_captures(), len(cache.ids) + len(ids)
     for arrays, part in chunks(runtime, cache, ids):
         if stopped():
-            return None
-        cache.arrays, sampled = runtime.read(arrays, part, len(cache.ids), settings, top)
+            return None, {}
+        start = len(cache.ids)
+        taps = tapping if start + len(part) == end else only_edits
+        cache.arrays, sampled, captures = runtime.read(arrays, part, start, settings, top, taps)
         # jax returns before the work is done: without waiting, a whole prompt would be under way at once.
         sampled.token.block_until_ready()
-    return sampled
+    return sampled, captures
 
 
 class Writer:
@@ -173,13 +194,13 @@ def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple
         done += len(part)
 
 
-def score(runtime: Runtime, tokenizer: Tokenizer, cache: Cache, ids: list[int], top: int) -> Score:
+def score(runtime: Runtime, tokenizer: Tokenizer, cache: Cache, ids: list[int], top: int, tapping: Tapping) -> Score:
     """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
     tokens = [Token(ids[0], tokenizer.token(ids[0]), None)]
     for arrays, part in chunks(runtime, cache, ids[:-1]):
         start = len(cache.ids)
         targets = ids[start + 1 : start + 1 + len(part)]
-        cache.arrays, *found = runtime.score(arrays, part, start, targets)
+        cache.arrays, *found = runtime.score(arrays, part, start, targets, tapping)
         logprobs, (top_ids, top_logprobs) = jax.device_get(found)
         for index, token in enumerate(targets):
             top_here = alternatives(tokenizer, top_ids[:, index], top_logprobs[:, index], top)
@@ -187,12 +208,12 @@ def score(runtime: Runtime, tokenizer: Tokenizer, cache: Cache, ids: list[int], 
     return Score(tuple(tokens))
 
 
-def embed(runtime: Runtime, cache: Cache, ids: list[int], pooling: str) -> np.ndarray:
+def embed(runtime: Runtime, cache: Cache, ids: list[int], pooling: str, tapping: Tapping) -> np.ndarray:
     """The mean over `ids`, or the last, of the final normed hidden states: float32 `[d_model]`."""
     total = np.zeros(runtime.config.d_model, np.float32)
     last = total
     for arrays, part in chunks(runtime, cache, ids):
-        cache.arrays, subtotal, last = runtime.pool(arrays, part, len(cache.ids))
+        cache.arrays, subtotal, last = runtime.pool(arrays, part, len(cache.ids), tapping)
         total = total + np.asarray(subtotal[0])
         last = np.asarray(last[0])
     return last if pooling == "last" else total / len(ids)

@@ -20,11 +20,23 @@ from irkit import families, gguf, tokenizer
 from irkit.engine.cache import Cache
 from irkit.engine.worker import DEVICE
 from irkit.errors import ContextFullError, ModelFileError, OptionError
-from irkit.options import Backend, CacheType, GenerateOptions, LoadOptions, Precision, check_logit_bias
+from irkit.options import (
+    Backend,
+    CacheType,
+    CaptureOptions,
+    GenerateOptions,
+    LoadOptions,
+    Precision,
+    TraceOptions,
+    check_logit_bias,
+)
 from irkit.results import Generation, Info, Score
 
 if TYPE_CHECKING:
+    from irkit.edits import Edit
     from irkit.engine.runtime import Runtime
+    from irkit.engine.tapping import Tapping
+    from irkit.trace import Estimate, Trace
 
 _Result = TypeVar("_Result")
 _open: WeakValueDictionary[tuple[Any, ...], Model] = WeakValueDictionary()
@@ -111,8 +123,15 @@ class Model:
 
         return Runtime(self)
 
-    def generate(self, ids: Sequence[int], options: GenerateOptions, cache: Cache) -> Generation:
-        """An answer to `ids`, which is being made when this returns.
+    def generate(
+        self,
+        ids: Sequence[int],
+        options: GenerateOptions,
+        cache: Cache,
+        capture: CaptureOptions | None = None,
+        edits: Sequence[Edit] = (),
+    ) -> Generation:
+        """An answer to `ids`, which is being made when this returns; each token carries what `capture` asks for.
 
         Raises:
             ContextFullError: `ids` leave no room in the context.
@@ -125,6 +144,7 @@ class Model:
                 f"the prompt has {len(ids)} tokens and needs one more; the context holds {cache.n_ctx}"
             )
         check_logit_bias(options, self.config.d_vocab)
+        taps = self._tapping(len(ids), capture, edits, at_end=True)
         cancelled, asked = threading.Event(), time.perf_counter()
         generation = Generation(cancelled.set)
         runtime = self.load()
@@ -133,7 +153,9 @@ class Model:
         def job() -> None:
             try:
                 from irkit.engine.generate import generate
+                from irkit.engine.trace import shower
 
+                show = shower(self, taps, list(ids), cache, capture)
                 generate(
                     runtime.result(),
                     self.tokenizer,
@@ -144,6 +166,8 @@ class Model:
                     generation,
                     cancelled,
                     asked,
+                    taps,
+                    show,
                 )
             except BaseException as error:
                 cache.clear()  # what a failed step leaves in it is not to be trusted
@@ -152,19 +176,74 @@ class Model:
         DEVICE.submit(job, cancelled)
         return generation
 
-    def score(self, ids: Sequence[int], top: int, n_ctx: int) -> Score:
+    def _tapping(
+        self, length: int, capture: CaptureOptions | None, edits: Sequence[Edit], *, at_end: bool = False
+    ) -> Tapping:
+        from irkit.engine.tapping import Tapping, tapping
+
+        if capture is None and not edits:
+            return Tapping()
+        words: dict[str, Any] = {"names": ()} if capture is None else capture.model_dump(exclude={"budget", "logits"})
+        return tapping(self.config, length, edits=edits, at_end=at_end, **words)
+
+    def trace(
+        self, name: str, rows: Sequence[Sequence[int]], options: TraceOptions, edits: Sequence[Edit], n_ctx: int
+    ) -> Trace:
+        """What one forward pass over the texts shows.
+
+        Raises:
+            BudgetError: it would take more memory than it may.
+            ContextFullError, OptionError: a text does not fit, or what is asked for is not there.
+        """
+        for ids in rows:
+            _check_fits(len(ids), n_ctx)
+        taps = self._tapping(max(map(len, rows)), options, edits)
+        runtime = self.load()
+
+        def job() -> Trace:
+            from irkit.engine import trace
+
+            return trace.whole(self, name, runtime.result(), rows, taps, options)
+
+        return DEVICE.submit(job).result()
+
+    def estimate(
+        self, rows: Sequence[Sequence[int]], options: TraceOptions, edits: Sequence[Edit], n_ctx: int
+    ) -> Estimate:
+        """What `trace` would take."""
+        for ids in rows:
+            _check_fits(len(ids), n_ctx)
+        taps = self._tapping(max(map(len, rows)), options, edits)
+        runtime = self.load()
+
+        def job() -> Estimate:
+            from irkit.engine import trace
+
+            return trace.estimate(runtime.result(), rows, taps, options)
+
+        return DEVICE.submit(job).result()
+
+    def score(self, ids: Sequence[int], top: int, n_ctx: int, edits: Sequence[Edit] = ()) -> Score:
         """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
         _check_fits(len(ids), n_ctx)
+        taps = self._tapping(len(ids), None, edits)
         runtime = self.load()
 
         def job() -> Score:
             from irkit.engine.generate import score
 
-            return score(runtime.result(), self.tokenizer, Cache(n_ctx), list(ids), top)
+            return score(runtime.result(), self.tokenizer, Cache(n_ctx), list(ids), top, taps)
 
         return DEVICE.submit(job).result()
 
-    def embed(self, texts: Sequence[Sequence[int]], pooling: str, normalize: bool, n_ctx: int) -> np.ndarray:
+    def embed(
+        self,
+        texts: Sequence[Sequence[int]],
+        pooling: str,
+        normalize: bool,
+        n_ctx: int,
+        edits: Sequence[Edit] = (),
+    ) -> np.ndarray:
         """One float32 vector a text, `[text, d_model]`."""
         for ids in texts:
             _check_fits(len(ids), n_ctx)
@@ -173,7 +252,11 @@ class Model:
         def job() -> np.ndarray:
             from irkit.engine.generate import embed
 
-            return np.stack([embed(runtime.result(), Cache(n_ctx), list(ids), pooling) for ids in texts])
+            vectors = []
+            for ids in texts:
+                taps = self._tapping(len(ids), None, edits)
+                vectors.append(embed(runtime.result(), Cache(n_ctx), list(ids), pooling, taps))
+            return np.stack(vectors)
 
         vectors = DEVICE.submit(job).result() if texts else np.zeros((0, self.config.d_model), np.float32)
         if normalize:

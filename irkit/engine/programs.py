@@ -42,6 +42,7 @@ def load_or_compile(
     *,
     device: Device,
     donate: int | None = None,
+    keep: bool = True,
     **static: Any,
 ) -> Program:
     """`partial(function, **static)`, compiled for `device` and arguments of these shapes.
@@ -51,12 +52,15 @@ def load_or_compile(
         arguments: Pytrees of arrays or of `jax.ShapeDtypeStruct`.
         device: Where it runs.
         donate: The index of the argument whose buffers the result takes over.
+        keep: Whether to keep it on disk; not where `static` holds what only this process knows.
         static: Keyword arguments fixed when compiling; their repr must tell them apart.
     """
     leaves, tree = jax.tree.flatten(arguments)
     shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
     what = repr((function.__module__, function.__qualname__, static, donate, tree, shapes))
     path = hub.home() / "programs" / hashlib.sha256((_surroundings(device) + what).encode()).hexdigest()
+    if not keep:
+        return _compiled(function, arguments, device, donate, static)
     return _load(path, device) or _compile(path, function, arguments, device, donate, static)
 
 
@@ -68,19 +72,29 @@ def _compile(
     donate: int | None,
     static: dict[str, Any],
 ) -> Program:
-    # jax-metal and jax-mps do not implement donation, and say so at every call.
-    donated = () if donate is None or device.platform not in ("cpu", "gpu", "cuda") else (donate,)
-    with jax.default_device(device):
-        lowered = jax.jit(partial(function, **static), donate_argnums=donated).lower(*arguments)
-    try:
-        program = lowered.compile(_COMPILER_OPTIONS if device.platform == "cpu" else None)
-    except jax.errors.JaxRuntimeError:  # an older jax, which does not know the option
-        program = lowered.compile()
+    program = _compiled(function, arguments, device, donate, static)
     try:
         _write(path, pickle.dumps(serialize_executable.serialize(program)))
     except Exception as error:  # a backend that cannot serialize, a full disk: only speed is lost
         _log.debug("program not kept on disk: %s", error)
     return program
+
+
+def _compiled(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    device: Device,
+    donate: int | None,
+    static: dict[str, Any],
+) -> Any:
+    # jax-metal and jax-mps do not implement donation, and say so at every call.
+    donated = () if donate is None or device.platform not in ("cpu", "gpu", "cuda") else (donate,)
+    with jax.default_device(device):
+        lowered = jax.jit(partial(function, **static), donate_argnums=donated).lower(*arguments)
+    try:
+        return lowered.compile(_COMPILER_OPTIONS if device.platform == "cpu" else None)
+    except jax.errors.JaxRuntimeError:  # an older jax, which does not know the option
+        return lowered.compile()
 
 
 def _load(path: Path, device: Device) -> Program | None:

@@ -16,6 +16,7 @@ from irkit import families
 from irkit.engine import backends, steps, weights
 from irkit.engine.cache import SMALLEST
 from irkit.engine.programs import Device, Program, load_or_compile
+from irkit.engine.tapping import Tapping
 from irkit.kernels import cpu
 from irkit.kernels.cpu import library
 from irkit.options import SamplingOptions
@@ -23,6 +24,7 @@ from irkit.transformer import cache as kv
 from irkit.transformer import sampling
 from irkit.transformer.cache import KVCache
 from irkit.transformer.sampling import Sampled, Settings
+from irkit.transformer.taps import Operands, Spec
 
 if TYPE_CHECKING:
     from irkit.engine.model import Model
@@ -35,6 +37,10 @@ AT_ONCE = 4
 """Tokens that one call decodes where a call costs much beside a token."""
 _SMALL_BYTES = 400e6
 """Weights up to which that is so: four tokens of such a model come within a tenth of a second."""
+
+_MOST_CALLED = 16
+"""Programs kept of those that hold functions of the user's."""
+_NOTHING, _NO_SPEC, _NO_OPERANDS = Tapping(), Spec(), Operands()
 
 # Half precision where the backend multiplies fastest in it.
 _FAST = {"cuda": jnp.bfloat16, "metal": jnp.float16, "mps": jnp.float16}
@@ -73,6 +79,7 @@ class Runtime:
         # An example for compiling: made once, since every step asks for its program.
         self._any_settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)
         self._programs: dict[tuple[Any, ...], Future[Program]] = {}
+        self._calling: list[tuple[Any, ...]] = []
         self._compiling = threading.Lock()
         plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
         self._shapes = jax.tree.map(self._shape, plans)
@@ -111,10 +118,10 @@ class Runtime:
         """Sampling settings, on the device that draws."""
         return jax.device_put(sampling.settings([options], [seed], self.config.d_vocab), self._drawer)
 
-    def empty(self, capacity: int) -> KVCache:
-        """A cache with room for `capacity` tokens."""
-        shape = {"config": self.config, "batch": 1, "capacity": capacity, "dtype": self.cache_dtype}
-        return self._program(kv.empty, (capacity,), lambda: (), **shape)()
+    def empty(self, capacity: int, rows: int = 1) -> KVCache:
+        """A cache with room for `capacity` tokens in each row."""
+        shape = {"config": self.config, "batch": rows, "capacity": capacity, "dtype": self.cache_dtype}
+        return self._program(kv.empty, (rows, capacity), lambda: (), **shape)()
 
     def grow(self, cache: KVCache, capacity: int) -> KVCache:
         """The same cache with room for `capacity` tokens."""
@@ -135,17 +142,24 @@ class Runtime:
             self._background.submit(decoder, soon, top)
 
     def read(
-        self, cache: KVCache, ids: Sequence[int], start: int, settings: Settings, top: bool
-    ) -> tuple[KVCache, Sampled]:
+        self,
+        cache: KVCache,
+        ids: Sequence[int],
+        start: int,
+        settings: Settings,
+        top: bool,
+        tapping: Tapping = _NOTHING,
+    ) -> tuple[KVCache, Sampled, dict[str, Any]]:
         """Read `ids`, which stand at `start` and after, and draw the token that follows them.
 
-        `top` asks for the `steps.TOP` likeliest tokens too.
+        `top` asks for the `steps.TOP` likeliest tokens too. What `tapping` captures comes last.
         """
         tokens, where = self._padded(ids, cache.capacity - start), (_one(start), _one(len(ids)))
-        program = self._reader(tokens.shape[1], cache.capacity, top)
+        operands = tapping.operands(cache.capacity, start, len(ids))
+        program = self._reader(tokens.shape[1], cache.capacity, top, tapping.spec, operands)
         if self._drawer is self.device:
-            return self._call(program, cache, tokens, *where, settings)
-        cache, logits = self._call(program, cache, tokens, *where)
+            return self._call(program, cache, tokens, *where, settings, operands)
+        cache, logits, captures = self._call(program, cache, tokens, *where, operands)
         seen = jax.device_put((logits, cache.tokens), self._drawer)
         draw = self._program(
             sampling.sample,
@@ -154,47 +168,103 @@ class Runtime:
             device=self._drawer,
             top=steps.TOP if top else 0,
         )
-        return cache, draw(*seen, _one(start + len(ids)), settings)
+        return cache, draw(*seen, _one(start + len(ids)), settings), captures
 
-    def decode(self, cache: KVCache, token: int, start: int, settings: Settings, top: bool) -> tuple[KVCache, Sampled]:
-        """Read `token`, which stands at `start`, and draw the next `at_once` tokens, the first axis of the result."""
-        program = self._decoder(cache.capacity, top)
-        return self._call(program, cache, np.array([[token]], np.int32), _one(start), settings)
+    def decode(
+        self, cache: KVCache, token: int, start: int, settings: Settings, top: bool, tapping: Tapping = _NOTHING
+    ) -> tuple[KVCache, Sampled, dict[str, Any]]:
+        """Read `token`, which stands at `start`, and draw the next tokens: the first axis of what is returned.
 
-    def _decoder(self, capacity: int, top: bool) -> Program:
-        static = {"top": steps.TOP if top else 0, "steps": self.at_once}
-        return self._text_program(steps.decode, 1, capacity, self._any_settings, **static)
+        There are `at_once` of them, or one where something is captured.
+        """
+        operands = tapping.operands(cache.capacity, start, 1)
+        program = self._decoder(cache.capacity, top, tapping.spec, operands)
+        return self._call(program, cache, np.array([[token]], np.int32), _one(start), settings, operands)
 
-    def _reader(self, size: int, capacity: int, top: bool) -> Program:
+    def _decoder(
+        self,
+        capacity: int,
+        top: bool,
+        spec: Spec = _NO_SPEC,
+        operands: Operands = _NO_OPERANDS,
+    ) -> Program:
+        static = {"top": steps.TOP if top else 0, "steps": 1 if spec.captures else self.at_once}
+        return self._text_program(steps.decode, 1, capacity, self._any_settings, operands, spec=spec, **static)
+
+    def _reader(
+        self,
+        size: int,
+        capacity: int,
+        top: bool,
+        spec: Spec = _NO_SPEC,
+        operands: Operands = _NO_OPERANDS,
+    ) -> Program:
         if self._drawer is not self.device:
-            return self._text_program(steps.read, size, capacity, _one(0))
-        rest = _one(0), self._any_settings
-        return self._text_program(steps.read_and_sample, size, capacity, *rest, top=steps.TOP if top else 0)
+            return self._text_program(steps.read, size, capacity, _one(0), operands, spec=spec)
+        rest, likeliest = (_one(0), self._any_settings, operands), steps.TOP if top else 0
+        return self._text_program(steps.read_and_sample, size, capacity, *rest, spec=spec, top=likeliest)
 
     def score(
-        self, cache: KVCache, ids: Sequence[int], start: int, targets: Sequence[int]
+        self, cache: KVCache, ids: Sequence[int], start: int, targets: Sequence[int], tapping: Tapping = _NOTHING
     ) -> tuple[KVCache, jax.Array, tuple[jax.Array, jax.Array]]:
         """Read `ids`; the log-probability of each of `targets` after the id at its index."""
         room = cache.capacity - start
-        tokens, rest = self._padded(ids, room), (_one(len(ids)), self._padded(targets, room))
-        program = self._text_program(steps.score, tokens.shape[1], cache.capacity, *rest, top=steps.TOP)
+        tokens = self._padded(ids, room)
+        rest = _one(len(ids)), self._padded(targets, room), tapping.operands(cache.capacity, start, len(ids))
+        static = {"spec": tapping.spec, "top": steps.TOP}
+        program = self._text_program(steps.score, tokens.shape[1], cache.capacity, *rest, **static)
         return self._call(program, cache, tokens, _one(start), *rest)
 
-    def pool(self, cache: KVCache, ids: Sequence[int], start: int) -> tuple[KVCache, jax.Array, jax.Array]:
+    def pool(
+        self, cache: KVCache, ids: Sequence[int], start: int, tapping: Tapping = _NOTHING
+    ) -> tuple[KVCache, jax.Array, jax.Array]:
         """Read `ids`; the sum of their final hidden states, and the last of these."""
-        tokens, count = self._padded(ids, cache.capacity - start), _one(len(ids))
-        program = self._text_program(steps.pool, tokens.shape[1], cache.capacity, count)
-        return self._call(program, cache, tokens, _one(start), count)
+        tokens = self._padded(ids, cache.capacity - start)
+        rest = _one(len(ids)), tapping.operands(cache.capacity, start, len(ids))
+        program = self._text_program(steps.pool, tokens.shape[1], cache.capacity, *rest, spec=tapping.spec)
+        return self._call(program, cache, tokens, _one(start), *rest)
+
+    def trace(
+        self,
+        cache: KVCache,
+        tokens: np.ndarray,
+        start: int,
+        count: np.ndarray,
+        tapping: Tapping,
+        logits: steps.Logits,
+    ) -> tuple[KVCache, jax.Array | None, dict[str, Any]]:
+        """Read `tokens` `[b, t]`, of which `count` `[b]` count in each row, from `start` on."""
+        operands = tapping.operands(cache.capacity, start, tokens.shape[1])
+        program = self._tracer(tokens.shape, cache.capacity, tapping.spec, operands, logits)
+        rows = np.full(len(tokens), start, np.int32)
+        return self._call(program, cache, tokens, rows, count, operands)
+
+    def _tracer(
+        self, shape: tuple[int, ...], capacity: int, spec: Spec, operands: Operands, logits: steps.Logits
+    ) -> Program:
+        rows, size = shape
+        rest = np.zeros(rows, np.int32), operands
+        return self._text_program(steps.trace, size, capacity, *rest, rows=rows, spec=spec, logits=logits)
+
+    def traced(self, shape: tuple[int, int], capacity: int, tapping: Tapping, logits: steps.Logits) -> Any:
+        """The shapes of what `trace` returns for `tokens` of this shape, without computing anything."""
+        operands = tapping.operands(capacity, 0, shape[1])
+        function = partial(steps.trace, config=self.config, spec=tapping.spec, logits=logits)
+        arguments = self._text_arguments(*shape, capacity, np.zeros(shape[0], np.int32), operands)
+        return jax.eval_shape(function, *arguments)
 
     def _text_program(
-        self, function: Callable[..., Any], size: int, capacity: int, *rest: Any, **static: Any
+        self, function: Callable[..., Any], size: int, capacity: int, *rest: Any, rows: int = 1, **static: Any
     ) -> Program:
         """`function` of the parameters, a cache, which it takes over, `size` tokens, their place, and `rest`."""
+        taps = [(leaf.shape, leaf.dtype.char) for leaf in jax.tree.leaves(rest[-1])]
+        sizes = rows, size, capacity, *taps
+        arguments = partial(self._text_arguments, rows, size, capacity, *rest)
+        return self._program(function, sizes, arguments, donate=1, config=self.config, **static)
 
-        def arguments() -> tuple[Any, ...]:
-            return self._shapes, self._cache(capacity), np.zeros((1, size), np.int32), _one(0), *rest
-
-        return self._program(function, (size, capacity), arguments, donate=1, config=self.config, **static)
+    def _text_arguments(self, rows: int, size: int, capacity: int, *rest: Any) -> tuple[Any, ...]:
+        tokens, start = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
+        return self._shapes, self._cache(capacity, rows), tokens, start, *rest
 
     def _call(self, program: Program, *arguments: Any) -> Any:
         if self.packed:
@@ -207,16 +277,16 @@ class Runtime:
         row[0, : len(ids)] = ids
         return row
 
-    def _cache(self, capacity: int) -> KVCache:
+    def _cache(self, capacity: int, rows: int = 1) -> KVCache:
         config = self.config
-        layer = jax.ShapeDtypeStruct((1, config.n_kv_heads, capacity, config.d_head), self.cache_dtype)
+        layer = jax.ShapeDtypeStruct((rows, config.n_kv_heads, capacity, config.d_head), self.cache_dtype)
         layers: Any = [layer] * config.n_layers
-        return KVCache(layers, layers, jax.ShapeDtypeStruct((1, capacity), jnp.int32))  # pyright: ignore[reportArgumentType]
+        return KVCache(layers, layers, jax.ShapeDtypeStruct((rows, capacity), jnp.int32))  # pyright: ignore[reportArgumentType]
 
     def _program(
         self,
         function: Callable[..., Any],
-        sizes: tuple[int, ...],
+        sizes: tuple[Any, ...],
         arguments: Callable[[], tuple[Any, ...]],
         *,
         donate: int | None = None,
@@ -233,13 +303,23 @@ class Runtime:
             program = self._programs.setdefault(key, Future())
         if mine:
             try:
-                made = load_or_compile(function, arguments(), device=device or self.device, donate=donate, **static)
-                program.set_result(made)
+                calls = "spec" in static and static["spec"].calls
+                how = {"device": device or self.device, "donate": donate, "keep": not calls}
+                program.set_result(load_or_compile(function, arguments(), **how, **static))
+                if calls:
+                    self._forget_all_but(_MOST_CALLED, key)
             except BaseException as error:
                 with self._compiling:
                     del self._programs[key]  # the next call tries again
                 program.set_exception(error)
         return program.result()
+
+    def _forget_all_but(self, most: int, newest: tuple[Any, ...]) -> None:
+        """Let go of the oldest programs that hold functions, which are made anew and never asked for again."""
+        with self._compiling:
+            self._calling.append(newest)
+            while len(self._calling) > most:
+                self._programs.pop(self._calling.pop(0), None)
 
 
 def _one(value: int) -> np.ndarray:

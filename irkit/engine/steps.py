@@ -1,12 +1,13 @@
 """The programs that the engine compiles: each reads some tokens into the cache and says something of them.
 
 Letters: b batch, t tokens of the call, v vocabulary. In all of them `tokens` `[b, t]` stand at positions
-`start` `[b]` and after; the first `count` `[b]` of them count, the rest is padding.
+`start` `[b]` and after; the first `count` `[b]` of them count, the rest is padding. `spec` and `operands` say what is
+captured and edited (`irkit.transformer.taps`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import Array, lax
 from irkit import kernels
 from irkit.transformer.decoder import Params, forward
 from irkit.transformer.sampling import Sampled, Settings, sample
+from irkit.transformer.taps import Capture, Operands, Spec
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from irkit.transformer.cache import KVCache
     from irkit.transformer.config import Config
 
+Logits = Literal["all", "last", "none"]
 TOP = 20
 """Likeliest tokens reported where any are asked for: one program for every number of them."""
 
@@ -32,13 +35,16 @@ def read(
     tokens: Int[Array, "b t"],
     start: Int[Array, " b"],
     count: Int[Array, " b"],
+    operands: Operands,
     *,
     config: Config,
-) -> tuple[KVCache, Float[Array, "b v"]]:
-    """The logits after the last token that counts."""
+    spec: Spec,
+) -> tuple[KVCache, Float[Array, "b v"], dict[str, Any]]:
+    """The logits after the last token that counts, and what was captured."""
     where = positions(tokens, start)
-    logits, cache, _ = forward(params, tokens, where, cache, config=config, count=count, only_last=True)
-    return cache, logits[:, 0]
+    taps = {"spec": spec, "operands": operands}
+    logits, cache, captures = forward(params, tokens, where, cache, config=config, count=count, only_last=True, **taps)
+    return cache, logits[:, 0], captures
 
 
 def read_and_sample(
@@ -48,14 +54,16 @@ def read_and_sample(
     start: Int[Array, " b"],
     count: Int[Array, " b"],
     settings: Settings,
+    operands: Operands,
     *,
     config: Config,
+    spec: Spec,
     top: int,
-) -> tuple[KVCache, Sampled]:
-    """The token drawn after the last one that counts."""
-    cache, logits = read(params, cache, tokens, start, count, config=config)
+) -> tuple[KVCache, Sampled, dict[str, Any]]:
+    """The token drawn after the last one that counts, and what was captured."""
+    cache, logits, captures = read(params, cache, tokens, start, count, operands, config=config, spec=spec)
     its = kernels.of(params["embed"])
-    return cache, sample(logits, cache.tokens, start + count, settings, top=top, kernels=its)
+    return cache, sample(logits, cache.tokens, start + count, settings, top=top, kernels=its), captures
 
 
 def decode(
@@ -64,21 +72,43 @@ def decode(
     tokens: Int[Array, "b 1"],
     start: Int[Array, " b"],
     settings: Settings,
+    operands: Operands,
     *,
     config: Config,
+    spec: Spec,
     top: int,
     steps: int,
-) -> tuple[KVCache, Sampled]:
-    """`steps` tokens, each drawn and then read in turn: they are the first axis of what was drawn."""
+) -> tuple[KVCache, Sampled, dict[str, Any]]:
+    """`steps` tokens, each drawn and then read in turn: they are the first axis of what was drawn and captured."""
 
-    def step(state: tuple[KVCache, Array, Array], _: None) -> tuple[tuple[KVCache, Array, Array], Sampled]:
+    def step(state: tuple[KVCache, Array, Array], _: None) -> tuple[tuple[KVCache, Array, Array], Any]:
         cache, tokens, start = state
         one = jnp.ones_like(start)
-        cache, sampled = read_and_sample(params, cache, tokens, start, one, settings, config=config, top=top)
-        return (cache, sampled.token[:, None], start + 1), sampled
+        rest = {"config": config, "spec": spec, "top": top}
+        cache, sampled, captures = read_and_sample(params, cache, tokens, start, one, settings, operands, **rest)
+        return (cache, sampled.token[:, None], start + 1), (sampled, captures)
 
-    (cache, *_), drawn = lax.scan(step, (cache, tokens, start), None, length=steps)
-    return cache, drawn
+    (cache, *_), (drawn, captures) = lax.scan(step, (cache, tokens, start), None, length=steps)
+    return cache, drawn, captures
+
+
+def trace(
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Array, "b t"],
+    start: Int[Array, " b"],
+    count: Int[Array, " b"],
+    operands: Operands,
+    *,
+    config: Config,
+    spec: Spec,
+    logits: Logits,
+) -> tuple[KVCache, Float[Array, "b t v"] | None, dict[str, Any]]:
+    """What was captured, and the logits after every token, after the last one that counts, or none."""
+    where, last = positions(tokens, start), logits != "all"
+    taps = {"spec": spec, "operands": operands}
+    found, cache, captures = forward(params, tokens, where, cache, config=config, count=count, only_last=last, **taps)
+    return cache, None if logits == "none" else found, captures
 
 
 def score(
@@ -88,12 +118,15 @@ def score(
     start: Int[Array, " b"],
     count: Int[Array, " b"],
     targets: Int[Array, "b t"],
+    operands: Operands,
     *,
     config: Config,
+    spec: Spec,
     top: int,
 ) -> tuple[KVCache, Float[Array, "b t"], tuple[Int[Array, "b t top"], Float[Array, "b t top"]]]:
     """The log-probability of each of `targets` after the token at its index, and the likeliest there."""
-    logits, cache, _ = forward(params, tokens, positions(tokens, start), cache, config=config, count=count)
+    where, taps = positions(tokens, start), {"spec": spec, "operands": operands}
+    logits, cache, _ = forward(params, tokens, where, cache, config=config, count=count, **taps)
     normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     values, ids = lax.top_k(logits, min(top, logits.shape[-1]))
     logprob = jnp.take_along_axis(logits, targets[..., None], axis=-1) - normalizer
@@ -106,13 +139,15 @@ def pool(
     tokens: Int[Array, "b t"],
     start: Int[Array, " b"],
     count: Int[Array, " b"],
+    operands: Operands,
     *,
     config: Config,
+    spec: Spec,
 ) -> tuple[KVCache, Float[Array, "b d"], Float[Array, "b d"]]:
     """The sum over the tokens that count of their final normed hidden states, and the last of these."""
     name = "ln_final.hook_normalized"
-    where = positions(tokens, start)
-    _, cache, captures = forward(params, tokens, where, cache, config=config, spec=(name,), count=count)
+    where, taps = positions(tokens, start), {"spec": Spec((Capture(name),), spec.edits), "operands": operands}
+    _, cache, captures = forward(params, tokens, where, cache, config=config, count=count, **taps)
     hidden = captures[name] * params["ln_final"]
     index = jnp.arange(tokens.shape[1])
     total = jnp.sum(jnp.where((index < count[:, None])[..., None], hidden, 0), axis=1)

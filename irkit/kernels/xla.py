@@ -49,6 +49,22 @@ def attention(
     `positions` are the queries' own: each sees the cache up to and including its position. `tap` is shown
     the scores and the probabilities, `[b, head, query, key]`, if given, and what it returns is used.
     """
+    b, t, heads, h = q.shape
+    k, c = keys.shape[1:3]
+    mixing = pattern(q, keys, positions, scale, tap)
+    grouped_pattern = mixing.reshape(b, k, heads // k, t, c).astype(values.dtype)
+    z = _einsum("bkgtc,bkch->btkgh", grouped_pattern, values)
+    return z.reshape(b, t, heads, h)
+
+
+def pattern(
+    q: Float[Array, "b t k*g h"],
+    keys: Float[Array, "b k c h"],
+    positions: Int[Array, "b t"],
+    scale: float,
+    tap: Callable[[str, Array], Array] | None = None,
+) -> Float[Array, "b k*g t c"]:
+    """The probabilities by which `attention` mixes the values; its arguments."""
     tap = tap or (lambda name, value: value)
     b, t, heads, h = q.shape
     k, c = keys.shape[1:3]
@@ -58,10 +74,7 @@ def attention(
     scores = jnp.where(visible, scores.reshape(b, heads, t, c) * scale, -jnp.inf)
     scores = tap("attn.hook_attn_scores", scores)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    pattern = tap("attn.hook_pattern", weights / jnp.sum(weights, axis=-1, keepdims=True))
-    grouped_pattern = pattern.reshape(b, k, heads // k, t, c).astype(values.dtype)
-    z = _einsum("bkgtc,bkch->btkgh", grouped_pattern, values)
-    return z.reshape(b, t, heads, h)
+    return tap("attn.hook_pattern", weights / jnp.sum(weights, axis=-1, keepdims=True))
 
 
 def top_k(x: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:

@@ -7,16 +7,17 @@ heads, h d_head, m d_mlp.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from irkit import kernels
-from irkit.kernels import cpu
+from irkit.kernels import cpu, xla
 from irkit.transformer.cache import KVCache, write, write_tokens
 from irkit.transformer.config import Config
-from irkit.transformer.taps import Taps
+from irkit.transformer.taps import Operands, Spec, Taps, named, split
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -34,10 +35,11 @@ def forward(
     cache: KVCache,
     *,
     config: Config,
-    spec: Collection[str] = (),
+    spec: Spec | Collection[str] = (),
+    operands: Operands = Operands(),  # noqa: B008
     count: Int[Array, " b"] | None = None,
     only_last: bool = False,
-) -> tuple[Float[Array, "b t v"], KVCache, dict[str, Array]]:
+) -> tuple[Float[Array, "b t v"], KVCache, dict[str, Any]]:
     """Read `tokens` at consecutive `positions`, after what `cache` holds before them.
 
     Args:
@@ -48,42 +50,78 @@ def forward(
             the cache's capacity.
         cache: Donate it when jitting: the result holds its successor.
         config: The model's shape.
-        spec: Full names of the hook points to capture (`irkit.transformer.taps`).
+        spec: What to capture and to edit, or just the full names of the hook points to capture whole
+            (`irkit.transformer.taps`).
+        operands: The arrays that belong to `spec`.
         count: How many tokens of each row count, the rest being padding; all, if not given. What is returned for
             the padding has no meaning.
         only_last: Compute the logits after the last token that counts only; t is 1 in them.
 
     Returns:
-        Float32 logits, the cache with these tokens in it, and the captured values by name.
+        Float32 logits, the cache with these tokens in it, and the captured values (`Taps.captures`).
     """
-    tap = Taps(spec)
+    spec = spec if isinstance(spec, Spec) else named(spec)
     start = positions[:, 0]
     rotation = rotary(positions, params["inv_freq"])
     if count is None:
         count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    tap = Taps(spec, operands, start, count)
     resid = tap("hook_embed", kernels.of(params["embed"]).take(params["embed"], tokens))
     keys, values = [], []
     for index, block in enumerate(params["blocks"]):
-        layer_tap = tap.layer(index)
+        tap.layer(index)
         old = cache.keys[index], cache.values[index]
-        resid = layer_tap("hook_resid_pre", resid)
-        if cpu.can_fuse(block, config.d_head) and not layer_tap.wants_inside():
+        resid = tap("hook_resid_pre", resid)
+        if cpu.can_fuse(block, config.d_head) and not tap.wants_inside():
+            entered = resid
             constants = {"eps": config.eps, "scale": config.attention_scale}
-            resid, new = cpu.layer(block, resid, old, start, count, rotation, **constants)
+            resid, new = cpu.layer(block, entered, old, start, count, rotation, **constants)
+            tap.beside("attn.hook_pattern", partial(pattern, block, entered, new[0], positions, rotation, config))
         else:
-            resid, new = layer(block, resid, old, positions, rotation, config, layer_tap)
-        resid = layer_tap("hook_resid_post", resid)
+            resid, new = layer(block, resid, old, positions, rotation, config, tap)
+        resid = tap("hook_resid_post", resid)
         keys.append(new[0])
         values.append(new[1])
+    tap.layer(None)
     if only_last:
         rows = range(resid.shape[0])
         resid = jnp.concatenate(
             [lax.dynamic_slice_in_dim(resid[row : row + 1], count[row] - 1, 1, axis=1) for row in rows]
         )
+    logits = to_logits(params, resid, config, tap)
+    captures = lenses(params, config, spec, tap.captures)
+    return logits, KVCache(keys, values, write_tokens(cache.tokens, tokens, start)), captures
+
+
+def to_logits(params: Params, resid: Float[Array, "b t d"], config: Config, tap: Taps) -> Float[Array, "b t v"]:
+    """The final norm, and the unembedding."""
     normed = rms_norm(resid, params["ln_final"], config.eps, tap, "ln_final")
     unembed = params["unembed"] if params["unembed"] is not None else params["embed"]
-    logits = kernels.of(unembed).linear(normed, unembed)
-    return logits, KVCache(keys, values, write_tokens(cache.tokens, tokens, start)), tap.captures
+    return kernels.of(unembed).linear(normed, unembed)
+
+
+def lenses(params: Params, config: Config, spec: Spec, captures: dict[str, Any]) -> dict[str, Any]:
+    """The captures, those with a lens seen through it: log-probabilities and ids of the likeliest next tokens.
+
+    The logit lens (nostalgebraist 2020) reads a stream as if it were the last layer's. All streams are read in one
+    product, since it takes the whole unembedding.
+    """
+    for capture in spec.captures:
+        mine = [name for name in captures if split(name)[0] == capture.point]
+        if capture.reduce != "lens" or not mine:
+            continue
+        streams = [captures[name] for name in mine]
+        rows = jnp.concatenate([stream.reshape(-1, 1, config.d_model) for stream in streams])
+        logits = to_logits(params, rows.reshape(1, -1, config.d_model), config, Taps())[0]
+        its = kernels.of(params["embed"])
+        values, ids = its.top_k(logits, min(capture.k, logits.shape[-1]))
+        values = values - its.logsumexp(logits)
+        done = 0
+        for name, stream in zip(mine, streams, strict=True):
+            shape, size = (*stream.shape[:-1], values.shape[-1]), stream.size // config.d_model
+            captures[name] = tuple(part[done : done + size].reshape(shape) for part in (values, ids))
+            done += size
+    return captures
 
 
 def layer(
@@ -107,15 +145,40 @@ def layer(
     looked_at = tap.wants("attn.hook_attn_scores") or tap.wants("attn.hook_pattern")
     z = its.attention(q, *cached, positions, config.attention_scale, tap if looked_at else None)
     z = tap("attn.hook_z", z)
-    if tap.wants("attn.hook_result"):
-        tap("attn.hook_result", its.by_head(z, block["o"]))
-    attn_out = tap("hook_attn_out", affine(z.reshape(*z.shape[:2], -1), block, "o"))
+    result = tap("attn.hook_result", its.by_head(z, block["o"])) if tap.wants("attn.hook_result") else None
+    if result is not None and tap.edited("attn.hook_result"):
+        bias = block["o_bias"]
+        out = jnp.sum(result, axis=2) + (0 if bias is None else bias)
+    else:
+        out = affine(z.reshape(*z.shape[:2], -1), block, "o")
+    attn_out = tap("hook_attn_out", out)
     resid = tap("hook_resid_mid", resid + attn_out)
     normed = rms_norm(resid, block["ln2"], config.eps, tap, "ln2")
     gate = tap("mlp.hook_pre", affine(normed, block, "gate"))
     up = tap("mlp.hook_pre_linear", affine(normed, block, "up"))
     mlp_out = tap("hook_mlp_out", affine(tap("mlp.hook_post", silu(gate) * up), block, "down"))
     return resid + mlp_out, cached
+
+
+def pattern(
+    block: Params,
+    resid: Float[Array, "b t d"],
+    keys: Float[Array, "b k c h"],
+    positions: Int[Array, "b t"],
+    rotation: tuple[Array, Array],
+    config: Config,
+    chosen: Int[Array, " n"] | None,
+) -> Float[Array, "b H t c"]:
+    """A layer's attention pattern, from the stream that enters it and the keys that it leaves in the cache.
+
+    `chosen` are the queries to compute it of, counted from the call's first; None for all.
+    """
+    if chosen is not None:
+        resid, positions, cos, sin = (jnp.take(x, chosen, axis=1) for x in (resid, positions, *rotation))
+        rotation = cos, sin
+    normed = rms_norm(resid, block["ln1"], config.eps, Taps(), "ln1")
+    q = rotate(heads(affine(normed, block, "q"), config.n_heads), *rotation)
+    return xla.pattern(q, keys.astype(jnp.float32), positions, config.attention_scale)
 
 
 def affine(x: Float[Array, "b t i"], block: Params, name: str) -> Float[Array, "b t o"]:

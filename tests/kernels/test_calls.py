@@ -205,7 +205,7 @@ def test_a_layer_is_the_sum_of_its_parts(formats: dict, biases: bool, b: int, t:
     rotation = decoder.rotary(positions, jnp.asarray(10000 ** -np.linspace(0, 1, 32, dtype=np.float32)))
 
     def parts(resid: Any, keys: Any, values: Any) -> Any:
-        return decoder.layer(parameters, resid, (keys, values), positions, rotation, CONFIG, Taps(()))
+        return decoder.layer(parameters, resid, (keys, values), positions, rotation, CONFIG, Taps())
 
     def fused(resid: Any, keys: Any, values: Any) -> Any:
         return cpu.layer(parameters, resid, (keys, values), starts, jnp.full(b, t), rotation, **CONSTANTS)

@@ -20,7 +20,7 @@ from irkit.engine import steps
 from irkit.transformer import cache as kv
 from irkit.transformer.config import Config
 from irkit.transformer.decoder import forward
-from irkit.transformer.taps import hook_names
+from irkit.transformer.taps import Operands, Spec, hook_names
 
 # Left out, though the pass names them: while, case, if, sort, scatter and select_and_scatter, which crash or
 # give wrong results in one use or another. Not named by it: logistic, cbrt, popcnt, chlo.square, composite,
@@ -154,9 +154,10 @@ def test_the_forward_pass_keeps_the_contract(t: int, last: bool, spec: tuple, dt
 def test_the_programs_around_it_keep_the_contract() -> None:
     params, cache = parameters(jnp.float32, False), kv.empty(CONFIG, 1, 32, jnp.dtype(jnp.float32))
     shared = params, cache, ints(1, 16), ints(1)
-    assert violations(lower(partial(steps.read, config=CONFIG), *shared, ints(1))) == []
-    assert violations(lower(partial(steps.pool, config=CONFIG), *shared, ints(1))) == []
-    assert violations(lower(partial(steps.score, config=CONFIG, top=5), *shared, ints(1), ints(1, 16))) == []
+    nothing, fixed = Operands(), {"config": CONFIG, "spec": Spec()}
+    assert violations(lower(partial(steps.read, **fixed), *shared, ints(1), nothing)) == []
+    assert violations(lower(partial(steps.pool, **fixed), *shared, ints(1), nothing)) == []
+    assert violations(lower(partial(steps.score, top=5, **fixed), *shared, ints(1), ints(1, 16), nothing)) == []
     assert violations(lower(partial(kv.grow, capacity=64), cache)) == []
     empty = partial(kv.empty, CONFIG, 1, 32, jnp.dtype(jnp.float32))
     assert violations(lower(empty)) == []
