@@ -73,7 +73,6 @@ def generate(
             arrays = room(runtime, cache, runtime.at_once)
             found = runtime.decode(arrays, new[0], len(cache.ids), settings, top, tapping)
             cache.arrays, sampled, captures = found
-            captures = jax.tree.map(itemgetter(0), captures)  # there is one step where anything is captured
         if sampled is None:
             writer.reason = "cancelled"
         elif options.num_predict == 0:

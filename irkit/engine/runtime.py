@@ -79,6 +79,7 @@ class Runtime:
         # An example for compiling: made once, since every step asks for its program.
         self._any_settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)
         self._programs: dict[tuple[Any, ...], Future[Program]] = {}
+        self._shapes_traced: dict[tuple[Any, ...], Any] = {}
         self._calling: list[tuple[Any, ...]] = []
         self._compiling = threading.Lock()
         plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
@@ -249,9 +250,12 @@ class Runtime:
     def traced(self, shape: tuple[int, int], capacity: int, tapping: Tapping, logits: steps.Logits) -> Any:
         """The shapes of what `trace` returns for `tokens` of this shape, without computing anything."""
         operands = tapping.operands(capacity, 0, shape[1])
-        function = partial(steps.trace, config=self.config, spec=tapping.spec, logits=logits)
-        arguments = self._text_arguments(*shape, capacity, np.zeros(shape[0], np.int32), operands)
-        return jax.eval_shape(function, *arguments)
+        key = shape, capacity, tapping.spec, logits
+        if key not in self._shapes_traced:  # tracing takes longer than computing
+            function = partial(steps.trace, config=self.config, spec=tapping.spec, logits=logits)
+            arguments = self._text_arguments(*shape, capacity, np.zeros(shape[0], np.int32), operands)
+            self._shapes_traced[key] = jax.eval_shape(function, *arguments)
+        return self._shapes_traced[key]
 
     def _text_program(
         self, function: Callable[..., Any], size: int, capacity: int, *rest: Any, rows: int = 1, **static: Any

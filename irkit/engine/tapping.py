@@ -36,6 +36,7 @@ class Tapping:
     config: Config | None = None
     length: int = 0
     """Of the prompt, from whose end negative positions count."""
+    _made: dict[tuple[int, ...], Operands] = field(default_factory=dict, repr=False, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.spec)
@@ -60,6 +61,13 @@ class Tapping:
         """The arrays for a cache of this capacity, and for a call that reads `size` tokens from `start` on."""
         if not self.spec:
             return Operands()
+        # A step of decoding costs little more than making them.
+        key = (capacity, 0, size) if self.at_end or self.positions is None else (capacity, start, size)
+        if key not in self._made:
+            self._made[key] = self._operands(*key)
+        return self._made[key]
+
+    def _operands(self, capacity: int, start: int, size: int) -> Operands:
         assert self.config is not None
         slots, heads, positions = {}, {}, {}
         for capture in self.spec.captures:
@@ -138,7 +146,7 @@ def tapping(
         of_k = k if reducer in ("top_k", "lens") else 0
         captures.append(Capture(name, None, slots, len(kept_heads.get(name, ())), n_positions, reducer, of_k))
     changes = [change for edit in edits for change in _changes(edit, config)]
-    spec = Spec(tuple(captures), tuple(changes))
+    spec = Spec(tuple(captures), tuple(changes), aside=at_end)
     made = Tapping(spec, wanted, kept_heads, at, at_end, tuple(edits), config, length)
     made.operands(max(length, 1))  # what does not fit is told now, not on the device's thread
     return made

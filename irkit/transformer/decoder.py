@@ -10,6 +10,7 @@ from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -72,11 +73,15 @@ def forward(
         tap.layer(index)
         old = cache.keys[index], cache.values[index]
         resid = tap("hook_resid_pre", resid)
-        if cpu.can_fuse(block, config.d_head) and not tap.wants_inside():
+        shown = tap.captures_inside()
+        if cpu.can_fuse(block, config.d_head) and not tap.edits_inside() and (tap.aside or not shown):
             entered = resid
             constants = {"eps": config.eps, "scale": config.attention_scale}
             resid, new = cpu.layer(block, entered, old, start, count, rotation, **constants)
-            tap.beside("attn.hook_pattern", partial(pattern, block, entered, new[0], positions, rotation, config))
+            if shown:
+                layer(block, entered, new, positions, rotation, config, tap, written=True)
+            else:
+                tap.beside("attn.hook_pattern", partial(pattern, block, entered, new[0], positions, rotation, config))
         else:
             resid, new = layer(block, resid, old, positions, rotation, config, tap)
         resid = tap("hook_resid_post", resid)
@@ -90,6 +95,8 @@ def forward(
         )
     logits = to_logits(params, resid, config, tap)
     captures = lenses(params, config, spec, tap.captures)
+    if spec.aside:
+        captures = stacked(captures)
     return logits, KVCache(keys, values, write_tokens(cache.tokens, tokens, start)), captures
 
 
@@ -124,6 +131,16 @@ def lenses(params: Params, config: Config, spec: Spec, captures: dict[str, Any])
     return captures
 
 
+def stacked(captures: dict[str, Any]) -> dict[str, Any]:
+    """Captures by full name as captures by hook point, with a first axis of the layers."""
+    by_point: dict[str, list[Any]] = {}
+    for name in list(captures):
+        point, index = split(name)
+        if index is not None:
+            by_point.setdefault(point, []).append(captures.pop(name))
+    return captures | {point: jax.tree.map(lambda *each: jnp.stack(each), *rows) for point, rows in by_point.items()}
+
+
 def layer(
     block: Params,
     resid: Float[Array, "b t d"],
@@ -132,15 +149,21 @@ def layer(
     rotation: tuple[Array, Array],
     config: Config,
     tap: Taps,
+    *,
+    written: bool = False,
 ) -> tuple[Float[Array, "b t d"], tuple[Array, Array]]:
-    """One block: attention and MLP, each behind a norm, each added to the residual stream."""
+    """One block: attention and MLP, each behind a norm, each added to the residual stream.
+
+    `written` says that the cache holds these tokens' keys and values already.
+    """
     normed = rms_norm(resid, block["ln1"], config.eps, tap, "ln1")
     q = tap("attn.hook_q", heads(affine(normed, block, "q"), config.n_heads))
     k = tap("attn.hook_k", heads(affine(normed, block, "k"), config.n_kv_heads))
     v = tap("attn.hook_v", heads(affine(normed, block, "v"), config.n_kv_heads))
     q = tap("attn.hook_rot_q", rotate(q, *rotation))
     k = tap("attn.hook_rot_k", rotate(k, *rotation))
-    cached = write(cached[0], k, positions[:, 0]), write(cached[1], v, positions[:, 0])
+    if not written:
+        cached = write(cached[0], k, positions[:, 0]), write(cached[1], v, positions[:, 0])
     its = kernels.of(block["o"])
     looked_at = tap.wants("attn.hook_attn_scores") or tap.wants("attn.hook_pattern")
     z = its.attention(q, *cached, positions, config.attention_scale, tap if looked_at else None)

@@ -94,6 +94,10 @@ def hook_names(n_layers: int) -> tuple[str, ...]:
 POINTS = MappingProxyType({point.name: point for point in HOOK_POINTS})
 """The hook points by name."""
 
+_INSIDE = tuple(
+    point.name for point in HOOK_POINTS if point.per_layer and point.name not in ("hook_resid_pre", "hook_resid_post")
+)
+
 Reducer = Literal["none", "last", "mean", "norm", "entropy", "top_k", "lens"]
 """What is kept of a value: all of it; its last position; the mean over its positions; the length of each vector; the
 entropy of each row of probabilities, in nats; the k largest numbers of each vector and their indices; the k likeliest
@@ -138,6 +142,10 @@ class Spec:
 
     captures: tuple[Capture, ...] = ()
     edits: tuple[Edit, ...] = ()
+    aside: bool = False
+    """Where one kernel computes a whole layer, let it, and compute what is captured within the layer once more: the
+    answer is the same to the bit whatever is captured, and the captures agree with it as two orders of rounding do.
+    Those of all layers come as one array, since an array costs a small program more than its numbers."""
 
     def __bool__(self) -> bool:
         return bool(self.captures or self.edits)
@@ -245,17 +253,21 @@ class Taps:
         """Whether a value is asked for or changed; for values that would not be computed otherwise."""
         return bool(self.captured(point) or self.edited(point))
 
-    def wants_inside(self) -> bool:
-        """Of one layer's: whether any value is asked for that only computing it step by step shows.
+    @property
+    def aside(self) -> bool:
+        """As in the `Spec`."""
+        return self._spec.aside
 
-        Those are all but the stream as it enters and leaves, and the pattern, which follows from the stream.
+    def edits_inside(self) -> bool:
+        """Whether anything within the layer is changed, between the stream as it enters and as it leaves."""
+        return any(self.edited(point) for point in _INSIDE)
+
+    def captures_inside(self) -> bool:
+        """Whether a value is asked for that only computing the layer step by step shows.
+
+        The pattern is none: it follows from the stream that enters.
         """
-        outside = ("hook_resid_pre", "hook_resid_post")
-        inside = [point for point in HOOK_POINTS if point.per_layer and point.name not in outside]
-        return any(
-            self.edited(point.name) or (point.name != "attn.hook_pattern" and self.captured(point.name))
-            for point in inside
-        )
+        return any(self.captured(point) for point in _INSIDE if point != "attn.hook_pattern")
 
     def __call__(self, point: str, value: Array) -> Array:
         """What is to stand at the hook point `point` instead of `value`."""
