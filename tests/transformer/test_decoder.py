@@ -161,6 +161,9 @@ def test_an_empty_spec_compiles_to_the_program_without_taps(monkeypatch: pytest.
         def wants(self, name: str) -> bool:
             return False
 
+        def captures_inside(self) -> bool:
+            return False
+
         def __call__(self, name: str, value: jax.Array) -> jax.Array:
             return value
 
