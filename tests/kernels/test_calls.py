@@ -46,7 +46,7 @@ def packed(format_name: str, rows: int, cols: int, seed: int = 0) -> tuple[cpu.P
     form = packing.form_of(loaded, format_name, (rows, cols))
     assert form is not None
     out = np.empty(packing.packed_bytes(form, (rows, cols)), np.uint8)
-    assert packing.pack(loaded, raw, format_name, (rows, cols), out)
+    assert packing.pack_all(loaded, [packing.task(loaded, raw, format_name, (rows, cols), out)]) == [True]
     return cpu.Packed(jnp.asarray(out), form, (rows, cols)), packing.unpack(loaded, out, form, (rows, cols))
 
 
