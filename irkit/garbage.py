@@ -15,7 +15,8 @@ def uncollected() -> Iterator[None]:
     """Leave garbage where it is until the last thread within has left.
 
     For work that makes many objects, none of them garbage: they would have Python look several times through all
-    that the process holds, and jax alone is half a million objects.
+    that the process holds, and jax alone is half a million objects. What was made meanwhile counts as old: or the
+    collection that was put off would follow at once.
     """
     global _users, _was_enabled
     with _lock:
@@ -29,4 +30,7 @@ def uncollected() -> Iterator[None]:
         with _lock:
             _users -= 1
             if not _users and _was_enabled:
+                if not gc.get_freeze_count():  # what somebody else has frozen shall stay so
+                    gc.freeze()
+                    gc.unfreeze()
                 gc.enable()

@@ -17,6 +17,13 @@ def test_it_goes_on_when_the_last_has_left() -> None:
     assert gc.isenabled()
 
 
+def test_what_was_made_meanwhile_is_old() -> None:
+    with uncollected():
+        made = [[] for _ in range(5000)]
+    assert gc.get_count()[0] < len(made)
+    assert gc.get_freeze_count() == 0
+
+
 def test_it_goes_on_after_an_error() -> None:
     with pytest.raises(ValueError, match="wrong"), uncollected():
         raise ValueError("wrong")

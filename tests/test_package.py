@@ -65,7 +65,7 @@ ORDER = [
     {"transformer", "families", "tokenizer", "hub"},
     {"kernels"},
     {"gguf"},
-    {"options", "results", "errors"},
+    {"options", "results", "errors", "garbage"},
 ]
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop, `irkit serve` the server.
 OPENS = {("session", "cli"), ("cli", "server")}
