@@ -30,6 +30,7 @@ class Irkit:
         from irkit.engine import backends
         from irkit.session import Session
 
+        import_module("irkit.engine.generate")  # with all that computes, which a session imports when it first does
         self.about = backends.select(options["backend"], options["threads"]).line
         self._session, self._options = Session, options
 
@@ -39,6 +40,7 @@ class Irkit:
         `n_ctx`, the most tokens it will hold, is for engines that take the memory for them now.
         """
         self.session = self._session(path, **self._options)
+        self.session.model.load()  # as every call that makes text begins: the tokenizer is made beside it
         tokenizer = self.session.model.tokenizer
         self.d_vocab = tokenizer.vocab_size
         # An answer must not end early; banning tokens costs nothing, as a bias is added in any case.

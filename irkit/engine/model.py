@@ -20,6 +20,7 @@ from irkit import families, gguf, tokenizer
 from irkit.engine.cache import Cache
 from irkit.engine.worker import DEVICE
 from irkit.errors import ContextFullError, ModelFileError, OptionError
+from irkit.garbage import uncollected
 from irkit.options import (
     Backend,
     CacheType,
@@ -121,7 +122,8 @@ class Model:
     def _load(self) -> Runtime:
         from irkit.engine.runtime import Runtime
 
-        return Runtime(self)
+        with uncollected():
+            return Runtime(self)
 
     def generate(
         self,

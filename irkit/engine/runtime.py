@@ -85,16 +85,15 @@ class Runtime:
         plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
         self._shapes = jax.tree.map(self._shape, plans)
         self._small = self.packed and weights.total(plans) <= _SMALL_BYTES
+        # One thread, in the order of need: two would make the first program wait for the second.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
+        self._prepared: set[tuple[int, int, bool]] = set()
+        # What nearly every answer begins with: loaded or compiled while the weights are being read.
+        capacity = min(SMALLEST, model.config.n_ctx)
+        self._background.submit(self._reader, 32, capacity, False)
+        self.prepare(capacity, capacity, top=False)
         with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
-            reading = weights.read(model.file, plans, kernels, pool)
-            # One thread, in the order of need: two would make the first program wait for the second.
-            self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
-            self._prepared: set[tuple[int, int, bool]] = set()
-            # What nearly every answer begins with: loaded or compiled while the weights are being read.
-            capacity = min(SMALLEST, model.config.n_ctx)
-            self._background.submit(self._reader, 32, capacity, False)
-            self.prepare(capacity, capacity, top=False)
-            self.params = jax.tree.map(self._place, plans, reading)
+            self.params = jax.tree.map(self._place, plans, weights.read(model.file, plans, kernels, pool))
 
     def _shape(self, plan: weights.Plan) -> Any:
         shape = plan.weight.shape

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from irkit.families import Weight
     from irkit.gguf import File
 
-# What one thread packs at a time: the embedding is a fifth of a small model.
-_ROWS_AT_ONCE = 1 << 13
+# What one thread reads at a time: enough not to wait for Python's lock often, little enough to be shared evenly.
+_BYTES_AT_ONCE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,13 @@ def read(file: File, plans: Any, kernels: CDLL | None, pool: Executor) -> Any:
     That is a float32 array, or a uint8 one of what is packed.
     """
     places = _places(plans)
+    parts = [pool.submit(_read, file, pieces, kernels, places) for pieces in _groups(plans)]
 
-    def one(plan: Plan) -> Callable[[], Any]:
-        if plan.form is not None and kernels is not None:
-            return _pack(file, plan, kernels, places[plan.weight.name], pool)
-        room = places.get(plan.weight.name)
-        out = None if room is None else room.view(np.float32).reshape(plan.weight.shape)
-        return pool.submit(families.read_weight, file, plan.weight, out).result
+    @cache
+    def values() -> dict[str, Any]:
+        return {name: value for part in parts for name, value in part.result().items()}
 
-    return jax.tree.map(one, plans)
+    return jax.tree.map(lambda plan: lambda: values()[plan.weight.name], plans)
 
 
 def total(plans: Any) -> int:
@@ -84,35 +83,50 @@ def total(plans: Any) -> int:
     return sum(plan.nbytes for plan in jax.tree.leaves(plans))
 
 
-def _pack(file: File, plan: Plan, kernels: CDLL, out: np.ndarray, pool: Executor) -> Callable[[], np.ndarray]:
-    weight, info = plan.weight, families.tensor(file, plan.weight)
-    rows, cols = info.shape
-    order = families.unpaired_rows(weight).astype(np.int32) if weight.paired_heads else None
-    panels = range(0, -(-rows // packing.PANEL_ROWS), _ROWS_AT_ONCE // packing.PANEL_ROWS)
-    parts = [
-        pool.submit(
-            packing.pack,
-            kernels,
-            file.raw(weight.name),
-            info.format,
-            (rows, cols),
-            out,
-            order,
-            range(first, min(first + panels.step, panels.stop)),
+def _groups(plans: Any) -> Iterator[list[tuple[Plan, range | None]]]:
+    """The plans, in groups of some size; of what is packed, with the panels that belong to the group."""
+    group, size = [], 0
+    for plan in jax.tree.leaves(plans):
+        panels, step = range(1), 1
+        if plan.form is not None:
+            panels = range(-(-plan.weight.shape[0] // packing.PANEL_ROWS))
+            step = max(1, len(panels) * _BYTES_AT_ONCE // plan.nbytes)
+        for first in range(0, len(panels), step):
+            piece = panels[first : first + step]
+            group.append((plan, None if plan.form is None else piece))
+            size += plan.nbytes * len(piece) // len(panels)
+            if size >= _BYTES_AT_ONCE:
+                yield group
+                group, size = [], 0
+    yield group
+
+
+def _read(
+    file: File, pieces: list[tuple[Plan, range | None]], kernels: CDLL | None, places: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """The values of some weights, by name."""
+    values: dict[str, Any] = {}
+    packed, tasks = [], []
+    for plan, panels in pieces:
+        weight, room = plan.weight, places.get(plan.weight.name)
+        if panels is None or kernels is None or room is None:
+            out = None if room is None else room.view(np.float32).reshape(weight.shape)
+            values[weight.name] = families.read_weight(file, weight, out)
+            continue
+        info = families.tensor(file, weight)
+        order = families.unpaired_rows(weight).astype(np.int32) if weight.paired_heads else None
+        rows, cols = info.shape
+        packed.append(weight.name)
+        tasks.append(packing.task(kernels, file.raw(weight.name), info.format, (rows, cols), room, order, panels))
+        values[weight.name] = room
+    if kernels is not None and not all(fits := packing.pack_all(kernels, tasks)):
+        raise UnsupportedModelError(
+            f"{file.path}: tensor {packed[fits.index(False)]!r} has scales too large for the CPU kernels; "
+            "use precision exact"
         )
-        for first in panels
-    ]
-
-    def result() -> np.ndarray:
-        packed = [part.result() for part in parts]
-        if not all(packed):
-            raise UnsupportedModelError(
-                f"{file.path}: tensor {weight.name!r} has scales too large for the CPU kernels; use precision exact"
-            )
-        file.forget(weight.name)  # both copies of a model need not be in memory at once
-        return out
-
-    return result
+    for name in packed:
+        file.forget(name)  # both copies of a model need not be in memory at once
+    return values
 
 
 def _places(plans: Any) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from irkit.errors import OptionError
+from irkit.garbage import uncollected
 from irkit.tokenizer.bpe import build
 from irkit.tokenizer.vocabulary import Vocabulary, read_vocabulary
 
@@ -40,8 +41,9 @@ def from_gguf(source: "str | Path | MetadataSource") -> "Tokenizer":
         from irkit import gguf
 
         with gguf.open(source) as file:
-            return Tokenizer(read_vocabulary(file.metadata))
-    return Tokenizer(read_vocabulary(source.metadata))
+            return from_gguf(file)
+    with uncollected():
+        return Tokenizer(read_vocabulary(source.metadata))
 
 
 class Tokenizer:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from irkit.kernels import xla
+from irkit.kernels import cpu, xla
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt32
@@ -86,13 +86,31 @@ def sample(
 ) -> Sampled:
     """Draw one token a row; `length` says how much of `history` counts, `top` how many likeliest to report.
 
-    `kernels` is where `top_k` and `logsumexp` come from.
+    `kernels` is who computes: those for the CPU draw in one call, since a program that holds the chain of samplers
+    takes several times as long to load.
     """
+    if kernels is cpu:
+        token, logprob, normalizer = cpu.sample(logits, history, length, s)
+    else:
+        token = draw(logits, history, length, s)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - normalizer
+    if not top:
+        none = (*logits.shape[:1], 0)
+        return Sampled(token, logprob, (jnp.zeros(none, jnp.int32), jnp.zeros(none)))
+    values, ids = cpu.top_k(logits, top) if kernels is cpu else lax.top_k(logits, top)
+    return Sampled(token, logprob, (ids, values - normalizer[:, None]))
+
+
+def draw(
+    logits: Float[Array, "b v"], history: Int[Array, "b c"], length: Int[Array, " b"], s: Settings
+) -> Int[Array, " b"]:
+    """The token drawn in each row."""
     processed = penalize(logits + s.bias, history, length, s)
     keys = jax.vmap(jax.random.fold_in)(s.key, length)
     random = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
-    def draw(values: Array, ids: Array) -> Array:
+    def choose(values: Array, ids: Array) -> Array:
         odds = chain(values, xtc=random[:, 0] < s.xtc_probability, sigma=deviation(processed, s), s=s)
         cumulative = jnp.cumsum(odds, axis=-1)
         passed = cumulative <= random[:, 1:] * cumulative[:, -1:]
@@ -101,13 +119,7 @@ def sample(
         index = jnp.minimum(jnp.sum(passed, axis=-1, keepdims=True), last)
         return jnp.take_along_axis(ids, index, axis=-1)[:, 0]
 
-    token = on_sorted(draw, processed, s, kernels)
-    normalizer = kernels.logsumexp(logits)
-    values, ids = (
-        kernels.top_k(logits, top) if top else (jnp.zeros((logits.shape[0], 0)), jnp.zeros((logits.shape[0], 0), int))
-    )
-    logprob = jnp.take_along_axis(logits, token[:, None], axis=-1) - normalizer
-    return Sampled(token, logprob[:, 0], (ids, values - normalizer))
+    return on_sorted(choose, processed, s)
 
 
 def deviation(logits: Float[Array, "b v"], s: Settings) -> Float[Array, " b"]:
@@ -116,13 +128,11 @@ def deviation(logits: Float[Array, "b v"], s: Settings) -> Float[Array, " b"]:
     return lax.cond(asked, partial(jnp.std, axis=-1), lambda logits: jnp.zeros(logits.shape[0]), logits)
 
 
-def on_sorted(
-    function: Callable[[Array, Array], Array], logits: Float[Array, "b v"], s: Settings, kernels: ModuleType = xla
-) -> Array:
+def on_sorted(function: Callable[[Array, Array], Array], logits: Float[Array, "b v"], s: Settings) -> Array:
     """`function(values, ids)` of the candidates in falling order; equal logits in rising order of their ids."""
     few = min(CANDIDATES, logits.shape[-1])
     # Outside the branch that needs it: within one, XLA on the CPU knows no other way than to sort the whole row.
-    top = kernels.top_k(logits, few)
+    top = lax.top_k(logits, few)
 
     def of_few(logits: Array) -> Array:
         return function(*top)

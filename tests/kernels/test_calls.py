@@ -46,7 +46,7 @@ def packed(format_name: str, rows: int, cols: int, seed: int = 0) -> tuple[cpu.P
     form = packing.form_of(loaded, format_name, (rows, cols))
     assert form is not None
     out = np.empty(packing.packed_bytes(form, (rows, cols)), np.uint8)
-    assert packing.pack(loaded, raw, format_name, (rows, cols), out)
+    assert packing.pack_all(loaded, [packing.task(loaded, raw, format_name, (rows, cols), out)]) == [True]
     return cpu.Packed(jnp.asarray(out), form, (rows, cols)), packing.unpack(loaded, out, form, (rows, cols))
 
 
@@ -139,14 +139,13 @@ def test_attention_shows_its_pattern() -> None:
     np.testing.assert_allclose(np.asarray(seen["attn.hook_pattern"]).sum(-1), 1, atol=1e-6)
 
 
-def test_the_largest_logits_and_their_sum() -> None:
+def test_the_largest_logits() -> None:
     rng = np.random.default_rng(0)
     for size, k in [(1, 1), (63, 63), (64, 5), (1000, 128), (49152, 128), (200, 150)]:
         x = rng.normal(0, 5, (2, size)).astype(np.float32)
         x[1] = np.round(x[1]) + 0  # ties; XLA puts -0 below 0
         for found, expected in zip(jax.jit(cpu.top_k, static_argnums=1)(x, k), lax.top_k(x, k), strict=True):
             np.testing.assert_array_equal(found, expected)
-        np.testing.assert_allclose(jax.jit(cpu.logsumexp)(x), jax.jit(xla.logsumexp)(x), rtol=1e-6)
 
 
 def test_the_largest_of_logits_that_are_no_numbers() -> None:
@@ -155,7 +154,6 @@ def test_the_largest_of_logits_that_are_no_numbers() -> None:
     _, ids = cpu.top_k(jnp.asarray(x), 4)
     np.testing.assert_array_equal(ids[0, :2], [200, 7])
     assert len(set(np.asarray(ids[0]).tolist())) == 4
-    assert np.isinf(cpu.logsumexp(jnp.full((1, 40), -jnp.inf))).all()
 
 
 CONFIG = Config(

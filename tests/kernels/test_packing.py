@@ -60,9 +60,13 @@ def shape_of(name: str, rows: int, blocks: int) -> Shape:
     return rows, blocks * max(BY_NAME[name].block_size, 32)
 
 
+def packs(lib: ctypes.CDLL, *arguments, **more) -> bool:
+    return packing.pack_all(lib, [packing.task(lib, *arguments, **more)])[0]
+
+
 def pack(lib: ctypes.CDLL, raw: np.ndarray, name: str, shape: Shape, **how) -> np.ndarray:
     out = np.full(packing.packed_bytes(FORM_OF[name], shape), 0xAA, np.uint8)
-    assert packing.pack(lib, raw, name, shape, out, **how)
+    assert packs(lib, raw, name, shape, out, **how)
     return out
 
 
@@ -126,7 +130,7 @@ def test_rounded_formats(lib: ctypes.CDLL, name: str, rows: int, blocks: int, se
     shape = shape_of(name, rows, blocks)
     raw = random_raw(name, shape, seed, bound)
     out = np.empty(packing.packed_bytes(FORM_OF[name], shape), np.uint8)
-    fits = packing.pack(lib, raw, name, shape, out)
+    fits = packs(lib, raw, name, shape, out)
     *factors, codes = scales_minima_codes(raw, name, shape)
     with np.errstate(all="ignore"):
         scales, minima = np.float16(factors[0]), np.float16(factors[1])
@@ -165,13 +169,13 @@ def test_scales_too_large_for_float16(lib: ctypes.CDLL, name: str, start: int, v
     shape = (17, 512)
     out = np.empty(packing.packed_bytes(FORM_OF[name], shape), np.uint8)
     raw = np.zeros((34, BY_NAME[name].block_bytes), np.uint8)
-    assert packing.pack(lib, raw.ravel(), name, shape, out)
+    assert packs(lib, raw.ravel(), name, shape, out)
     raw[-1, start : start + len(values)] = values
-    assert not packing.pack(lib, raw.ravel(), name, shape, out)
-    assert packing.pack(lib, raw.ravel(), name, shape, out, panels=range(1))  # it is in the other panel
+    assert not packs(lib, raw.ravel(), name, shape, out)
+    assert packs(lib, raw.ravel(), name, shape, out, panels=range(1))  # it is in the other panel
     for finite, infinite in [(0xFF, 0), (0x7B, 0x7C), (0xFB, 0xFC)]:
         raw[raw == finite] = infinite
-    assert packing.pack(lib, raw.ravel(), name, shape, out)  # as it was in the file
+    assert packs(lib, raw.ravel(), name, shape, out)  # as it was in the file
 
 
 def laid_out(form: str, codes: np.ndarray, scales: np.ndarray, minima: np.ndarray | None) -> np.ndarray:
@@ -245,6 +249,17 @@ def test_rows_in_another_order(lib: ctypes.CDLL, name: str) -> None:
     )
 
 
+def test_several_at_once(lib: ctypes.CDLL) -> None:
+    blocks = np.zeros((3, BY_NAME["Q4_K"].block_bytes), np.uint8)
+    blocks[1, :5] = [0xFF, 0x7B, 0, 0, 2]  # scale 65504 * 2
+    each = [("Q4_K", block, (1, 256)) for block in blocks] + [("F16", random_raw("F16", (20, 32)), (20, 32))]
+    outs = [np.full(packing.packed_bytes(FORM_OF[name], shape), 0xAA, np.uint8) for name, _, shape in each]
+    tasks = [packing.task(lib, raw, name, shape, out) for (name, raw, shape), out in zip(each, outs, strict=True)]
+    assert packing.pack_all(lib, tasks) == [True, False, True, True]
+    assert np.array_equal(outs[3], pack(lib, each[3][1], "F16", (20, 32)))
+    assert packing.pack_all(lib, []) == []
+
+
 @pytest.mark.parametrize("name", FORM_OF)
 def test_panels_by_several_threads(lib: ctypes.CDLL, name: str) -> None:
     shape = shape_of(name, 16 * 7 + 3, 2)
@@ -254,7 +269,7 @@ def test_panels_by_several_threads(lib: ctypes.CDLL, name: str) -> None:
     parts = np.full(whole.size + 128, 0xAA, np.uint8)
     with ThreadPoolExecutor(2) as threads:
         ranges = [range(5, 8), range(1), range(3, 3), range(1, 5)]
-        assert all(threads.map(lambda some: packing.pack(lib, raw, name, shape, parts[64:-64], order, some), ranges))
+        assert all(threads.map(lambda some: packs(lib, raw, name, shape, parts[64:-64], order, some), ranges))
     assert np.array_equal(parts[64:-64], whole)
     assert np.all(parts[:64] == 0xAA)
     assert np.all(parts[-64:] == 0xAA)
@@ -335,9 +350,9 @@ READ_ONLY = np.frombuffer(OUT.tobytes(), np.uint8)
 )
 def test_arguments_that_do_not_fit(lib: ctypes.CDLL, named: str, changed: dict) -> None:
     fitting = {"raw": RAW, "format_name": "Q4_0", "shape": (40, 32), "out": OUT}
-    assert packing.pack(lib, **fitting)
+    assert packs(lib, **fitting)
     with pytest.raises(OptionError, match=f"^{named}: "):
-        packing.pack(lib, **(fitting | changed))
+        packs(lib, **(fitting | changed))
 
 
 @pytest.mark.parametrize(

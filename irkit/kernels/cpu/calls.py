@@ -7,7 +7,7 @@ are float32. Letters as in `irkit.kernels.xla`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -96,9 +96,18 @@ def top_k(x: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[Arra
     return values, ids
 
 
-def logsumexp(x: Float[Array, "b v"]) -> Float[Array, "b 1"]:
-    """As `jax.nn.logsumexp` over the last axis, which stays."""
-    return jax.ffi.ffi_call("irkit_logsumexp", jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32))(x)
+def sample(
+    logits: Float[Array, "b v"], history: Int[Array, "b c"], length: Int[Array, " b"], settings: Sequence[Array]
+) -> tuple[Int[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
+    """The token drawn after each row, its log-probability, and the logarithm of the sum of the row's exponentials.
+
+    Draws as `irkit.transformer.sampling.draw` does, with the same random numbers, from probabilities that differ by
+    rounding only; `settings` are its `Settings`.
+    """
+    rows = logits.shape[:1]
+    results = [jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
+    token, logprob, normalizer = jax.ffi.ffi_call("irkit_sample", results)(logits, history, length, *settings)
+    return token, logprob, normalizer
 
 
 def can_fuse(block: dict[str, Any], d_head: int) -> bool:

@@ -4,10 +4,12 @@ Packing keeps every weight of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16 and F32 as
 their scales and minima of a float16 and a small integer; these are rounded to float16 once, by at most 2^-11 of
 themselves (2^-25 where float16 is subnormal, below 2^-14).
 
-The functions let other threads run while they work: a large tensor may be packed by several, a range of panels each.
+The functions let other threads run while they work: a large tensor may be packed by several, a range of panels each;
+`pack_all` packs several tensors without asking for Python's lock in between.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -48,7 +50,19 @@ def packed_bytes(form: str, shape: Shape) -> int:
     return -(-shape[0] // PANEL_ROWS) * _panel_bytes(form, shape)
 
 
-def pack(
+class Task(ctypes.Structure):
+    """What `pack_all` is to pack: made by `task`, as src/pack.h has it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("raw", "order", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "first_panel", "last_panel")),
+        *((name, ctypes.c_int32) for name in ("ggml_type", "result")),
+    )
+    arrays: tuple[np.ndarray | None, ...]
+    """What the addresses belong to."""
+
+
+def task(
     lib: ctypes.CDLL,
     raw: Bytes,
     format_name: str,
@@ -56,8 +70,8 @@ def pack(
     out: Bytes,
     order: Ints | None = None,
     panels: range | None = None,
-) -> bool:
-    """Pack a tensor into its form.
+) -> Task:
+    """The packing of a tensor, or of a part of it, into its form.
 
     Args:
         lib: The library of CPU kernels.
@@ -67,9 +81,6 @@ def pack(
         out: Where the whole packed matrix goes: contiguous bytes, as many as `packed_bytes` says.
         order: Which row of the tensor each packed row is [rows]; if not given, they keep their places.
         panels: Which panels of 16 packed rows to write; if not given, all.
-
-    Returns:
-        False if a finite scale or minimum is too large for float16: then `out` does not hold the tensor's values.
 
     Raises:
         OptionError: If the format has no form, or an argument does not fit it and the shape.
@@ -92,8 +103,22 @@ def pack(
     if chosen.step != 1 or not 0 <= chosen.start <= chosen.stop <= count:
         raise OptionError(f"panels: must be a range within {range(count)}, got {panels}")
     order_address = None if order is None else order.ctypes.data
-    addresses = raw.ctypes.data, rows, cols, order_address, chosen.start, chosen.stop, out.ctypes.data
-    return _typed(lib).irkit_pack(known.number, *addresses) == 0
+    where = raw.ctypes.data, order_address, out.ctypes.data
+    made = Task(*where, rows, cols, chosen.start, chosen.stop, known.number, 0)
+    made.arrays = raw, order, out
+    return made
+
+
+def pack_all(lib: ctypes.CDLL, tasks: Sequence[Task]) -> list[bool]:
+    """Pack several tensors, or parts of them, one after the other.
+
+    Returns:
+        For each task False if a finite scale or minimum is too large for float16: then its `out` does not hold the
+        tensor's values.
+    """
+    together = (Task * len(tasks))(*tasks)
+    _typed(lib).irkit_pack_all(together, len(tasks))
+    return [done.result == 0 for done in together]
 
 
 def unpack(lib: ctypes.CDLL, packed: Bytes, form: str, shape: Shape, ids: Ints | None = None) -> Floats:
@@ -134,7 +159,8 @@ def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:
     """`lib` with the types of its arguments declared, as in src/pack.h."""
     i32, i64, address = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     lib.irkit_form.argtypes = [i32]
-    lib.irkit_pack.argtypes = [i32, address, i64, i64, address, i64, i64, address]
+    lib.irkit_pack_all.argtypes = [ctypes.POINTER(Task), i64]
+    lib.irkit_pack_all.restype = None
     lib.irkit_unpack_rows.argtypes = [i32, address, i64, i64, address, i64, address]
     lib.irkit_unpack_rows.restype = None
     return lib

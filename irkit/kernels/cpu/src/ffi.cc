@@ -8,6 +8,7 @@
 #include "logits.h"
 #include "pack.h"
 #include "pool.h"
+#include "sample.h"
 
 namespace ffi = xla::ffi;
 
@@ -161,11 +162,39 @@ ffi::Error largest(Floats x, ffi::ResultBuffer<ffi::F32> values, ffi::ResultBuff
   return ffi::Error::Success();
 }
 
-ffi::Error normalizer(Floats x, ffi::ResultBuffer<ffi::F32> result) {
-  const int64_t count = x.dimensions()[x.dimensions().size() - 1];
-  if ((int64_t)result->element_count() != product_but_last(x.dimensions())) return wrong("logsumexp: shapes do not fit");
-  for (int64_t row = 0; row < product_but_last(x.dimensions()); ++row)
-    result->typed_data()[row] = log_sum_exp(x.typed_data() + row * count, count);
+// Settings are those of irkit/transformer/sampling.py, in their order, a number for each row.
+ffi::Error draw(Floats logits, Ints history, Ints length, ffi::RemainingArgs settings, ffi::ResultBuffer<ffi::S32> token,
+                ffi::ResultBuffer<ffi::F32> logprob, ffi::ResultBuffer<ffi::F32> normalizer) {
+  constexpr size_t kSettings = 14;
+  const Dimensions shape = logits.dimensions(), past = history.dimensions();
+  if (shape.size() != 2 || past.size() != 2 || settings.size() != kSettings) return wrong("sample: shapes do not fit");
+  const int64_t rows = shape[0], count = shape[1];
+  const void* data[kSettings];
+  for (size_t i = 0; i < kSettings; ++i) {
+    const auto setting = settings.get<ffi::AnyBuffer>(i);
+    if (setting.has_error()) return setting.error();
+    const int64_t each = i == 12 ? count : i == 13 ? 2 : 1;
+    const ffi::DataType type = i == 0 || i == 5 ? ffi::S32 : i == 13 ? ffi::U32 : ffi::F32;
+    if (setting->element_type() != type || (int64_t)setting->element_count() != rows * each)
+      return wrong("sample: a setting has another shape or type");
+    data[i] = setting->untyped_data();
+  }
+  if (count < 1 || past[0] != rows || (int64_t)length.element_count() != rows) return wrong("sample: shapes do not fit");
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto whole = [&](size_t i) { return static_cast<const int32_t*>(data[i])[row]; };
+    const auto number = [&](size_t i) { return static_cast<const float*>(data[i])[row]; };
+    const uint32_t* key = static_cast<const uint32_t*>(data[13]) + 2 * row;
+    const int64_t counted = length.typed_data()[row];
+    if (counted < 0 || counted > past[1]) return wrong("sample: more tokens than there is history");
+    const float* of_row = logits.typed_data() + row * count;
+    const int32_t drawn = sample({of_row, static_cast<const float*>(data[12]) + row * count, count,
+                                  history.typed_data() + row * past[1], counted, whole(0), number(1), number(2),
+                                  number(3), number(4), whole(5), number(6), number(7), number(8), number(9),
+                                  number(10), number(11), {key[0], key[1]}});
+    token->typed_data()[row] = drawn;
+    normalizer->typed_data()[row] = log_sum_exp(of_row, count);
+    logprob->typed_data()[row] = of_row[drawn] - normalizer->typed_data()[row];
+  }
   return ffi::Error::Success();
 }
 
@@ -180,7 +209,7 @@ IRKIT_API XLA_FFI_Error* irkit_linear(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_attention(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_layer(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_top_k(XLA_FFI_CallFrame*);
-IRKIT_API XLA_FFI_Error* irkit_logsumexp(XLA_FFI_CallFrame*);
+IRKIT_API XLA_FFI_Error* irkit_sample(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_take, irkit::take_rows,
                               ffi::Ffi::Bind()
@@ -243,11 +272,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     irkit_top_k, irkit::largest,
     ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_logsumexp, irkit::normalizer,
-                              ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_sample, irkit::draw,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 IRKIT_API const char* irkit_handlers() {
-  return "irkit_take,irkit_linear,irkit_attention,irkit_layer,irkit_top_k,irkit_logsumexp";
+  return "irkit_take,irkit_linear,irkit_attention,irkit_layer,irkit_top_k,irkit_sample";
 }
 
 IRKIT_API void irkit_set_threads(int32_t threads) { irkit::set_threads(threads); }

@@ -34,9 +34,14 @@ void top_k(const float* x, int64_t count, int64_t k, float* values, int32_t* pla
       if (!(x[i] < least)) found.push_back((int32_t)i);
   }
   k = std::min<int64_t>(k, found.size());
-  std::partial_sort(found.begin(), found.begin() + k, found.end(), [&](int32_t a, int32_t b) {
+  const auto better = [&](int32_t a, int32_t b) {
     return key(x[a]) > key(x[b]) || (key(x[a]) == key(x[b]) && a < b);
-  });
+  };
+  if (k < (int64_t)found.size() / 8) {
+    std::partial_sort(found.begin(), found.begin() + k, found.end(), better);
+  } else {  // whose heap would take twice as long
+    std::sort(found.begin(), found.end(), better);
+  }
   for (int64_t i = 0; i < k; ++i) {
     places[i] = found[i];
     values[i] = x[found[i]];

@@ -331,6 +331,13 @@ IRKIT_API int32_t irkit_pack(int32_t ggml_type, const uint8_t* raw, int64_t rows
   return fits ? 0 : 1;
 }
 
+IRKIT_API void irkit_pack_all(irkit_pack_task* tasks, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    irkit_pack_task& t = tasks[i];
+    t.result = irkit_pack(t.ggml_type, t.raw, t.rows, t.cols, t.order, t.first_panel, t.last_panel, t.packed);
+  }
+}
+
 IRKIT_API void irkit_unpack_rows(int32_t form, const uint8_t* packed, int64_t rows, int64_t cols, const int32_t* ids,
                                  int64_t count, float* out) {
   if (!is_form(form) || rows < 1) return;

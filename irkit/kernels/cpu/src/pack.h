@@ -26,6 +26,18 @@ int64_t irkit_packed_bytes(int32_t form, int64_t rows, int64_t cols);
 int32_t irkit_pack(int32_t ggml_type, const uint8_t* raw, int64_t rows, int64_t cols, const int32_t* order,
                    int64_t first_panel, int64_t last_panel, uint8_t* packed);
 
+// The arguments of one call of irkit_pack, and what it returned.
+struct irkit_pack_task {
+  const uint8_t* raw;
+  const int32_t* order;
+  uint8_t* packed;
+  int64_t rows, cols, first_panel, last_panel;
+  int32_t ggml_type, result;
+};
+
+// One call for many: a caller in Python has to wait for its interpreter after each.
+void irkit_pack_all(irkit_pack_task* tasks, int64_t count);
+
 // Rows `ids` as float32 [count, cols], the ids clipped to the rows there are. Products and sums are rounded one after
 // the other, as in GGUF's own formulas.
 void irkit_unpack_rows(int32_t form, const uint8_t* packed, int64_t rows, int64_t cols, const int32_t* ids,
