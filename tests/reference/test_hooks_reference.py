@@ -96,7 +96,7 @@ def gradients(exact_session: irkit.Session, frozen: dict[str, np.ndarray]) -> di
             for layer, vectors in zip(layers, added, strict=True)
         )
         cache = kv.empty(config, 1, size, jnp.dtype(jnp.float32))
-        tokens, positions = frozen["ids"][None], np.arange(size, dtype=np.int32)[None]
+        tokens, positions = jnp.asarray(frozen["ids"][None]), jnp.arange(size)[None]
         logits, _, _ = decoder.forward(
             params, tokens, positions, cache, config=config, spec=spec, operands=Operands(edits=edits), only_last=True
         )
