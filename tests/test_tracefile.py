@@ -121,7 +121,12 @@ def test_the_document_names_what_was_asked_for(file: Path) -> None:
 
 
 def test_opens_without_jax(file: Path) -> None:
-    code = f"import sys, irkit\nt = irkit.load_trace({str(file)!r})\nt['pattern'], t.logits\nassert 'jax' not in sys.modules"
+    code = f"""
+import sys, irkit
+t = irkit.load_trace({str(file)!r})
+t["pattern"], t.logits
+assert "jax" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -253,7 +258,8 @@ def test_wild_documents(file: Path, data: st.DataObject) -> None:
     except ModelFileError:
         return
     for row in range(len(trace.ids)):
-        assert repr(trace.row(row)) and trace._repr_html_()
+        assert repr(trace.row(row))
+    assert trace._repr_html_()
 
 
 @pytest.mark.parametrize(
