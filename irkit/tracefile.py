@@ -159,7 +159,7 @@ def _arrays(trace: Trace) -> Iterator[tuple[str, np.ndarray]]:
 def _document(trace: Trace, arrays: Mapping[str, np.ndarray]) -> _Document:
     from irkit import __version__
 
-    source = trace.provenance
+    source, file = trace.provenance, Path(trace.provenance.path).name
     points = {full.split(".", 2)[2] if full.startswith("blocks.") else full: full for full in trace}
     spec = _Spec(
         names=tuple(points),
@@ -172,8 +172,8 @@ def _document(trace: Trace, arrays: Mapping[str, np.ndarray]) -> _Document:
     return _Document(
         format=1,
         irkit=__version__,
-        model=source.model,
-        file=Path(source.path).name,
+        model=file if Path(source.model).name == file else source.model,  # a model may be named by its path
+        file=file,
         sha256=source.sha256,
         precision=source.precision,
         n_layers=trace.n_layers,

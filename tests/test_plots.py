@@ -1,13 +1,15 @@
 """Figures: drawn without a display, with the numbers and the tokens they are of."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from irkit import plots
@@ -24,9 +26,9 @@ T, HEADS = len(TOKENS), 3
 def trace(held: int = HEADS, **source: Any) -> Trace:
     """Causal patterns of layers 1 and 3 of four."""
     scores = np.where(np.tri(T) > 0, RNG.normal(size=(2, 1, held, T, T)), -np.inf)
-    patterns = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    patterns = (np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)).astype(np.float32)
     values = {
-        f"blocks.{layer}.attn.hook_pattern": (lambda value=value.astype(np.float32): value)
+        f"blocks.{layer}.attn.hook_pattern": (lambda value=value: value)
         for layer, value in zip((1, 3), patterns, strict=True)
     }
     return Trace([range(T)], [TOKENS], values, lambda: None, Provenance("small", "", "exact", **source), 4, 99)
@@ -39,12 +41,14 @@ def ticks(axis: Any) -> list[str]:
 def drawn(figure: Figure) -> bytes:
     """The figure as PNG, which a notebook would show."""
     shown = figure._repr_png_()  # pyright: ignore[reportAttributeAccessIssue]
-    assert shown.startswith(b"\x89PNG") and len(shown) > 2000
+    assert shown.startswith(b"\x89PNG")
+    assert len(shown) > 2000
     return shown
 
 
-def image(axes: Any) -> np.ndarray:
-    return np.asarray(axes.images[0].get_array())
+def image(axes: Any) -> Any:
+    """What the first image of `axes` shows, masked where it is masked."""
+    return axes.images[0].get_array()
 
 
 @pytest.mark.filterwarnings("error")
@@ -52,7 +56,7 @@ def test_attention_of_a_head() -> None:
     made = trace()
     figure = made.plot(layer=-1, head=2)
     axes = figure.axes[0]
-    shown = axes.images[0].get_array()
+    shown = image(axes)
     np.testing.assert_array_equal(np.ma.getdata(shown), made["pattern", 3][0, 2])
     np.testing.assert_array_equal(np.ma.getmaskarray(shown), np.triu(np.ones((T, T), bool), 1))
     assert ticks(axes.xaxis) == ticks(axes.yaxis) == LABELS
@@ -67,7 +71,7 @@ def test_attention_of_every_head() -> None:
     maps = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in maps] == ["head 0", "head 1", "head 2"]
     for head, axes in enumerate(maps):
-        np.testing.assert_array_equal(np.ma.getdata(axes.images[0].get_array()), made["pattern", 1][0, head])
+        np.testing.assert_array_equal(np.ma.getdata(image(axes)), made["pattern", 1][0, head])
     assert ticks(maps[0].yaxis) == LABELS
     assert ticks(maps[2].xaxis) == LABELS
     drawn(figure)
@@ -85,7 +89,7 @@ def test_attention_of_chosen_heads_and_positions() -> None:
     some = Trace([range(T)], [TOKENS], {"blocks.0.attn.hook_pattern": lambda: kept}, lambda: None, source, 1, 1)
     axes = some.plot(head=0).axes[0]
     assert ticks(axes.yaxis) == [LABELS[2], LABELS[5]]
-    assert np.ma.getmaskarray(axes.images[0].get_array()).sum(1).tolist() == [T - 3, T - 6]
+    assert np.ma.getmaskarray(image(axes)).sum(1).tolist() == [T - 3, T - 6]
 
 
 def test_attention_of_one_token_of_an_answer() -> None:
@@ -122,7 +126,8 @@ def test_logit_lens() -> None:
     np.testing.assert_array_equal(image(axes), np.exp(logprobs[..., 0]))
     assert (ticks(axes.xaxis), ticks(axes.yaxis)) == (LABELS, ["embed", "0", "1"])
     texts = {text.get_position(): text.get_text() for text in axes.texts}
-    assert texts[(0, 0)] == "·a0" and texts[(T - 1, 2)] == f"·c{T - 1}"
+    assert texts[(0, 0)] == "·a0"
+    assert texts[(T - 1, 2)] == f"·c{T - 1}"
     drawn(figure)
     np.testing.assert_array_equal(image(plots.logit_lens(result, show="kl").axes[0]), result.kl)
     with pytest.raises(OptionError, match="show"):
@@ -272,17 +277,15 @@ def test_long_texts_stay_of_a_size() -> None:
 
 
 def test_the_ground_is_light_whatever_the_style() -> None:
-    import matplotlib
-
     with matplotlib.rc_context({"text.color": "white", "figure.facecolor": "black", "axes.facecolor": "black"}):
         figure = trace().plot(1, 0)
     axes = figure.axes[0]
-    assert matplotlib.colors.to_hex(figure.get_facecolor()) == plots.GROUND
-    assert matplotlib.colors.to_hex(axes.get_facecolor()) == plots.GROUND
+    assert to_hex(figure.get_facecolor()) == plots.GROUND
+    assert to_hex(axes.get_facecolor()) == plots.GROUND
     assert axes.title.get_color() == plots.INK
 
 
-def test_no_pyplot_and_no_display(tmp_path: Path) -> None:
+def test_no_pyplot_and_no_display() -> None:
     code = """
 import sys, numpy as np
 from irkit.trace import Trace, Provenance
@@ -293,7 +296,7 @@ assert "matplotlib" not in sys.modules and "pandas" not in sys.modules
 t.plot()._repr_png_()
 assert "matplotlib.pyplot" not in sys.modules and "jax" not in sys.modules
 """
-    environment = {"MPLCONFIGDIR": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
