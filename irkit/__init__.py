@@ -10,6 +10,7 @@ from irkit.trace import Trace
 
 if TYPE_CHECKING:
     from irkit.session import Session
+    from irkit.tracefile import load_trace
     from irkit.transformer.sampling import sampling_distribution
 
 __version__ = "0.1.0.dev0"
@@ -23,6 +24,7 @@ __all__ = [
     "call",
     "errors",
     "gguf",
+    "load_trace",
     "patch",
     "sampling_distribution",
     "scale",
@@ -30,8 +32,12 @@ __all__ = [
     "tokenizer",
 ]
 
-# What needs jax is imported when it is first asked for, so that `import irkit` stays quick.
-_LAZY = {"Session": "irkit.session", "sampling_distribution": "irkit.transformer.sampling"}
+# What needs jax or pydantic is imported when it is first asked for, so that `import irkit` stays quick.
+_LAZY = {
+    "Session": "irkit.session",
+    "load_trace": "irkit.tracefile",
+    "sampling_distribution": "irkit.transformer.sampling",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,11 +4,15 @@ import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 """Why an answer ended: the model or a stop string ended it; `num_predict` was reached; the context is
@@ -198,6 +202,17 @@ class Generation:
         """Counts and times."""
         return self.wait()._stats
 
+    def plot(self) -> "Figure":
+        """A matplotlib Figure: the model's own probability of each token."""
+        from irkit import plots
+
+        return plots.probabilities(self)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """A pandas DataFrame, one row a token: `id`, `token`, `logprob`, `probability`, `time` in seconds; and
+        `entropy` where it was captured, of attention, in nats, the mean over the heads."""
+        return _table(self.tokens, timed=True)
+
     def __str__(self) -> str:
         return self.text
 
@@ -248,11 +263,41 @@ class Score:
         count = sum(token.logprob is not None for token in self.tokens)
         return math.exp(-self.total / count) if count else math.nan
 
+    def plot(self) -> "Figure":
+        """A matplotlib Figure: the probability of each token after those before it."""
+        from irkit import plots
+
+        return plots.probabilities(self)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """A pandas DataFrame, one row a token: `id`, `token`, `logprob`, `probability`; nan where nothing came before
+        it."""
+        return _table(self.tokens)
+
     def __str__(self) -> str:
         rows = [
             f"{t.logprob:9.4f}  {t.text!r}" if t.logprob is not None else f"{'':9}  {t.text!r}" for t in self.tokens
         ]
         return "\n".join([*rows, f"{self.total:9.4f}  total, perplexity {self.perplexity:.3f}"])
+
+
+def _table(tokens: Sequence[Token], *, timed: bool = False) -> "pandas.DataFrame":
+    import pandas
+
+    logprobs = np.array([math.nan if token.logprob is None else token.logprob for token in tokens], np.float64)
+    columns = {
+        "id": [token.id for token in tokens],
+        "token": [token.text for token in tokens],
+        "logprob": logprobs,
+        "probability": np.exp(logprobs),
+    }
+    if timed:
+        columns["time"] = [token.time for token in tokens]
+    kept = [token.captures for token in tokens]
+    point = "attn.hook_pattern"
+    if kept and all(trace is not None and trace.provenance.reduce.get(point) == "entropy" for trace in kept):
+        columns["entropy"] = [float(np.mean(trace[point])) for trace in kept]
+    return pandas.DataFrame(columns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from irkit.errors import BudgetError, OptionError
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 
 class Largest(NamedTuple):
@@ -186,6 +192,86 @@ class Trace(Mapping[str, Value]):
         values = {full: cut(full) for full in self._values}
         nbytes = self.nbytes // len(self.ids)
         return Trace([self.ids[index]], [self.strings[index]], values, logits, self.provenance, self.n_layers, nbytes)
+
+    def save(self, path: str | Path) -> None:
+        """Write it into a safetensors file, which `irkit.load_trace` opens without the model.
+
+        Raises:
+            OptionError: the file cannot be written.
+        """
+        from irkit import tracefile
+
+        tracefile.save(self, path)
+
+    def plot(self, layer: int | None = None, head: int | None = None) -> Figure:
+        """A matplotlib Figure of a layer's attention patterns: of one head, or of all that are held.
+
+        `layer` is by default the last one that is held.
+
+        Raises:
+            KeyError, OptionError: the trace does not hold them.
+        """
+        from irkit import plots
+
+        return plots.attention(self, layer, head)
+
+    def to_frame(self, name: str) -> pandas.DataFrame:
+        """What is held of a hook point as a table: its last axis across, the others down, token texts beside positions.
+
+        Of a reducer that keeps values and indices, both are across, one after the other.
+
+        Raises:
+            KeyError: the trace does not hold it.
+        """
+        import pandas
+
+        full = name if name in self._values else None
+        point = _point(full) if full else self._points(name)
+        value = self[full or point]
+        axes = kept_axes(point, self.provenance.reduce.get(point, "none"))
+        layers = () if full or point in self._values else self.layers(point)
+        parts = value if isinstance(value, Largest) else (value,)
+        labels = [
+            self._labels(axis, size, point) for axis, size in zip(axes, parts[0].shape[-len(axes) :], strict=True)
+        ]
+        down = {"layer": layers} if layers else {}
+        down |= dict(zip(axes[:-1], labels[:-1], strict=True))
+        index = pandas.MultiIndex.from_product(list(down.values()), names=list(down))
+        frames = [pandas.DataFrame(part.reshape(len(index), -1), index, list(labels[-1])) for part in parts]
+        frame = frames[0] if len(frames) == 1 else pandas.concat(frames, axis=1, keys=Largest._fields)
+        place = next((axis for axis in ("pos", "query") if axis in down), None)
+        if place:
+            rows = zip(index.get_level_values("b"), index.get_level_values(place), strict=True)
+            tokens = pandas.Index([self._token(row, at) for row, at in rows], name="token")
+            frame = frame.set_index(tokens, append=True)
+        return frame
+
+    def _token(self, row: int, position: int) -> str:
+        """The token's text; a token of an answer knows itself alone, wherever it stands; padding has none."""
+        texts = self.strings[row]
+        alone = len(texts) == 1 and self.provenance.positions == (position,)
+        return texts[0] if alone else texts[position] if position < len(texts) else ""
+
+    def _labels(self, axis: str, size: int, point: str) -> Sequence[int]:
+        """The numbers of heads and positions along an axis, as the model counts them."""
+        if axis == "head":
+            return self.provenance.heads.get(point, range(size))
+        kept = self.provenance.positions
+        return kept if axis in ("pos", "query") and kept is not None else range(size)
+
+    def _repr_html_(self) -> str:
+        """A notebook's view of it: which hook points, of how many layers, which shapes; nothing is read."""
+        points = {_point(full): full for full in self._values}
+        rows = []
+        for point, full in points.items():
+            layers = len(self.layers(point)) if point != full else ""
+            reducer = self.provenance.reduce.get(point, "")
+            axes = ", ".join(kept_axes(point, reducer or "none"))
+            cells = (_short(point), layers, f"[{axes}]", reducer)
+            rows.append("".join(f"<td>{escape(str(cell))}</td>" for cell in cells))
+        head = "".join(f"<th>{name}</th>" for name in ("name", "layers", "axes", "reduced"))
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<p>{escape(repr(self).strip('<>'))}</p><table><tr>{head}</tr>{body}</table>"
 
     def __repr__(self) -> str:
         names = sorted({_short(_point(full)) for full in self._values})

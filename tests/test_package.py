@@ -23,6 +23,7 @@ def test_public_names() -> None:
         "call",
         "errors",
         "gguf",
+        "load_trace",
         "patch",
         "sampling_distribution",
         "scale",
@@ -48,7 +49,7 @@ def imported_by(statement: str) -> set[str]:
     return {name.split(".")[0] for name in listed.stdout.split()}
 
 
-HEAVY = {"jax", "jaxlib", "fastapi", "uvicorn", "ipywidgets", "matplotlib", "prompt_toolkit"}
+HEAVY = {"jax", "jaxlib", "fastapi", "uvicorn", "ipywidgets", "matplotlib", "pandas", "safetensors", "prompt_toolkit"}
 HEAVY |= {"httpx", "huggingface_hub"}
 
 
@@ -72,7 +73,7 @@ ORDER = [
     {"transformer", "families", "tokenizer", "hub"},
     {"kernels"},
     {"gguf"},
-    {"options", "results", "trace", "edits", "errors", "garbage"},
+    {"options", "results", "trace", "tracefile", "plots", "edits", "errors", "garbage"},
 ]
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop, `irkit serve` the server.
 OPENS = {("session", "cli"), ("cli", "server")}
