@@ -55,7 +55,7 @@ class LogitLens:
     def __post_init__(self, read: Callable[[Any], _Ranked]) -> None:
         object.__setattr__(self, "_read", read)  # not a field: it is nothing that could be written down
 
-    def rank(self, token: str | int | Sequence[int] | None = None) -> np.ndarray:
+    def rank(self, token: str | int | Sequence[int] | np.ndarray | None = None) -> np.ndarray:
         """How many tokens are likelier than `token`, `[layer, pos]`: 0 where it comes first.
 
         `token` is a token's text or id, or an id for each position; if not given, the one chosen at the end.
@@ -65,7 +65,7 @@ class LogitLens:
         """
         return self.ranks if token is None else self._of(token)[0]
 
-    def probability(self, token: str | int | Sequence[int] | None = None) -> np.ndarray:
+    def probability(self, token: str | int | Sequence[int] | np.ndarray | None = None) -> np.ndarray:
         """The probability of `token`, `[layer, pos]`; `token` as in `rank`."""
         return np.exp(self._of(self.chosen if token is None else token)[1])
 

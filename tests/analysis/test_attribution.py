@@ -130,7 +130,7 @@ def test_what_is_missing_is_named(tiny: irkit.Session, trace: irkit.Trace) -> No
     less = tiny.trace(TEXT, names=("embed", "attn_out"))
     with pytest.raises(OptionError, match="hook_result"):
         analysis.stack_head_results(less)
-    with pytest.raises(OptionError, match="ln_final.hook_scale"):
+    with pytest.raises(OptionError, match=r"ln_final\.hook_scale"):
         analysis.logit_attribution(tiny, less, "he")
     with pytest.raises(OptionError, match="there is no 3"):
         analysis.decompose_resid(trace, 3)

@@ -107,7 +107,7 @@ def test_rollout(tiny: irkit.Session) -> None:
     assert (np.triu(rollout, 1) == 0).all()
     first, second = (0.5 * held["pattern", i].mean(1) + 0.5 * np.eye(rollout.shape[-1]) for i in (0, 1))
     np.testing.assert_allclose(rollout, np.einsum("bqm,bmk->bqk", second, first), atol=1e-6)
-    with pytest.raises(OptionError, match="blocks.1.attn.hook_pattern"):
+    with pytest.raises(OptionError, match=r"blocks\.1\.attn\.hook_pattern"):
         analysis.attention_rollout(tiny.trace("hello there", names="pattern", layers=0))
     with pytest.raises(OptionError, match="all heads"):
         analysis.attention_rollout(tiny.trace("hello there", names="pattern", heads=0))
