@@ -21,7 +21,7 @@ from irkit.kernels import cpu
 from irkit.kernels.cpu import library
 from irkit.options import SamplingOptions
 from irkit.transformer import cache as kv
-from irkit.transformer import sampling
+from irkit.transformer import readings, sampling
 from irkit.transformer.cache import KVCache
 from irkit.transformer.sampling import Sampled, Settings
 from irkit.transformer.taps import Operands, Spec
@@ -255,6 +255,27 @@ class Runtime:
             arguments = self._text_arguments(*shape, capacity, np.zeros(shape[0], np.int32), operands)
             self._shapes_traced[key] = jax.eval_shape(function, *arguments)
         return self._shapes_traced[key]
+
+    def lens(self, streams: np.ndarray, tokens: np.ndarray, k: int) -> readings.Reading:
+        """What the logit lens reads in `streams` `[n, layer, d_model]`; the ids `tokens` `[n]` are ranked."""
+        shapes = streams.shape, tokens.shape
+        program = self._program(readings.lens, shapes, lambda: (self._shapes, streams, tokens), config=self.config, k=k)
+        return self._call(program, streams, tokens)
+
+    def pattern_sums(
+        self,
+        cache: KVCache,
+        tokens: np.ndarray,
+        start: int,
+        count: np.ndarray,
+        weights: np.ndarray,
+        tapping: Tapping,
+    ) -> tuple[KVCache, jax.Array]:
+        """Read `tokens` `[b, t]` from `start` on; the sums of every head's pattern times `weights` `[w, t, c]`."""
+        rows, size = tokens.shape
+        rest = count, (weights, tapping.operands(cache.capacity, start, size))
+        program = self._text_program(readings.pattern_sums, size, cache.capacity, *rest, rows=rows, spec=tapping.spec)
+        return self._call(program, cache, tokens, np.full(rows, start, np.int32), *rest)
 
     def _text_program(
         self, function: Callable[..., Any], size: int, capacity: int, *rest: Any, rows: int = 1, **static: Any

@@ -88,23 +88,32 @@ def forward(
         keys.append(new[0])
         values.append(new[1])
     tap.layer(None)
+    normed_at = None
     if only_last:
-        rows = range(resid.shape[0])
-        resid = jnp.concatenate(
-            [lax.dynamic_slice_in_dim(resid[row : row + 1], count[row] - 1, 1, axis=1) for row in rows]
-        )
-    logits = to_logits(params, resid, config, tap)
+        normed_at = count - 1
+        if not (tap.wants("ln_final.hook_scale") or tap.wants("ln_final.hook_normalized")):
+            resid, normed_at = at(resid, normed_at), None  # nobody looks at the norm of the others
+    logits = to_logits(params, resid, config, tap, normed_at)
     captures = lenses(params, config, spec, tap.captures)
     if spec.aside:
         captures = stacked(captures)
     return logits, KVCache(keys, values, write_tokens(cache.tokens, tokens, start)), captures
 
 
-def to_logits(params: Params, resid: Float[Array, "b t d"], config: Config, tap: Taps) -> Float[Array, "b t v"]:
-    """The final norm, and the unembedding."""
+def to_logits(
+    params: Params, resid: Float[Array, "b t d"], config: Config, tap: Taps, index: Int[Array, " b"] | None = None
+) -> Float[Array, "b t v"]:
+    """The final norm, and the unembedding: of every position, or of one in each row."""
     normed = rms_norm(resid, params["ln_final"], config.eps, tap, "ln_final")
+    normed = normed if index is None else at(normed, index)
     unembed = params["unembed"] if params["unembed"] is not None else params["embed"]
     return kernels.of(unembed).linear(normed, unembed)
+
+
+def at(x: Float[Array, "b t d"], index: Int[Array, " b"]) -> Float[Array, "b 1 d"]:
+    """One position of each row; row by row, because a batched slice would be a gather."""
+    rows = [lax.dynamic_slice_in_dim(x[row : row + 1], index[row], 1, axis=1) for row in range(x.shape[0])]
+    return jnp.concatenate(rows)
 
 
 def lenses(params: Params, config: Config, spec: Spec, captures: dict[str, Any]) -> dict[str, Any]:

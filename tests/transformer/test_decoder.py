@@ -210,3 +210,13 @@ def test_identities_between_hook_points(captured: dict[str, np.ndarray]) -> None
         np.testing.assert_allclose(at("mlp.hook_post"), gate * at("mlp.hook_pre_linear"), atol=1e-5)
     np.testing.assert_array_equal(captured["blocks.1.hook_resid_pre"], captured["blocks.0.hook_resid_post"])
     np.testing.assert_array_equal(captured["hook_embed"], np.asarray(params["embed"])[TOKENS[:, 7:]])
+
+
+def test_the_final_norm_shows_every_position_where_the_last_logits_are_enough() -> None:
+    params, count = parameters(), np.array([12, 3, 7, 1], np.int32)
+    names = ("ln_final.hook_scale", "ln_final.hook_normalized")
+    logits, _, whole = run(params, TOKENS, spec=names)
+    last, _, seen = run(params, TOKENS, spec=names, count=count, only_last=True)
+    np.testing.assert_allclose(last[:, 0], logits[np.arange(4), count - 1], atol=1e-5)
+    for name in names:
+        np.testing.assert_allclose(seen[name], whole[name], atol=1e-6)

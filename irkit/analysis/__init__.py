@@ -1,0 +1,63 @@
+"""Analysis: functions of a `Session` and a `Trace`, each with the source of its formula.
+
+What they return is plain: frozen dataclasses of numpy arrays, with a table as text, `.plot()` and `.to_frame()`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from irkit.analysis.attribution import (
+        LogitAttribution,
+        accumulated_resid,
+        apply_ln_to_stack,
+        decompose_resid,
+        logit_attribution,
+        logit_attrs,
+        stack_head_results,
+    )
+    from irkit.analysis.heads import HeadScores, attention_rollout, head_scores, pattern_scores
+    from irkit.analysis.lens import LogitLens, logit_lens, next_token_probs
+
+__all__ = [
+    "HeadScores",
+    "LogitAttribution",
+    "LogitLens",
+    "accumulated_resid",
+    "apply_ln_to_stack",
+    "attention_rollout",
+    "decompose_resid",
+    "head_scores",
+    "logit_attribution",
+    "logit_attrs",
+    "logit_lens",
+    "next_token_probs",
+    "pattern_scores",
+    "stack_head_results",
+]
+
+# Each is imported when it is first asked for, as in `irkit` itself.
+_WHERE = {
+    "attribution": (
+        "LogitAttribution",
+        "accumulated_resid",
+        "apply_ln_to_stack",
+        "decompose_resid",
+        "logit_attribution",
+        "logit_attrs",
+        "stack_head_results",
+    ),
+    "heads": ("HeadScores", "attention_rollout", "head_scores", "pattern_scores"),
+    "lens": ("LogitLens", "logit_lens", "next_token_probs"),
+}
+_LAZY = {name: f"irkit.analysis.{module}" for module, names in _WHERE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'irkit.analysis' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
