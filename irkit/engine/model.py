@@ -197,8 +197,7 @@ class Model:
             BudgetError: it would take more memory than it may.
             ContextFullError, OptionError: a text does not fit, or what is asked for is not there.
         """
-        for ids in rows:
-            _check_fits(len(ids), n_ctx)
+        _check_texts(rows, n_ctx)
         taps = self._tapping(max(map(len, rows)), options, edits)
         runtime = self.load()
 
@@ -213,8 +212,7 @@ class Model:
         self, rows: Sequence[Sequence[int]], options: TraceOptions, edits: Sequence[Edit], n_ctx: int
     ) -> Estimate:
         """What `trace` would take."""
-        for ids in rows:
-            _check_fits(len(ids), n_ctx)
+        _check_texts(rows, n_ctx)
         taps = self._tapping(max(map(len, rows)), options, edits)
         runtime = self.load()
 
@@ -303,6 +301,13 @@ def _kernels(precision: Precision, backend: Backend) -> str:
     if backend != "cpu":
         return "xla"
     return library.describe() if precision == "fast" else "xla (precision is exact)"
+
+
+def _check_texts(rows: Sequence[Sequence[int]], n_ctx: int) -> None:
+    if not rows:
+        raise OptionError("texts: the list is empty")
+    for ids in rows:
+        _check_fits(len(ids), n_ctx)
 
 
 def _check_fits(tokens: int, n_ctx: int) -> None:

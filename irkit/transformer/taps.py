@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from irkit.errors import OptionError
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -319,13 +321,17 @@ class Taps:
         if operand is None:
             assert edit.function is not None
             layer = self.layer_index if point.per_layer else None
-            new = edit.function(value, Hook(self._name(edit.point), point, layer))
-            if new is None:
-                return value
-            new = jnp.asarray(new)
+            hook = Hook(self._name(edit.point), point, layer)
+            try:
+                new = edit.function(value, hook)
+                if new is None:
+                    return value
+                new = jnp.asarray(new)
+            except Exception as error:
+                raise OptionError(f"the hook on {hook.name} failed: {type(error).__name__}: {error}") from error
             if new.shape != value.shape:
-                raise ValueError(
-                    f"the hook on {self._name(edit.point)} returned shape {list(new.shape)}, not {list(value.shape)}"
+                raise OptionError(
+                    f"the hook on {hook.name} returned shape {list(new.shape)}, not {list(value.shape)}"
                 )
             return new.astype(value.dtype)
         assert self._start is not None
