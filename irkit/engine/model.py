@@ -177,14 +177,20 @@ class Model:
         return generation
 
     def _tapping(
-        self, length: int, capture: CaptureOptions | None, edits: Sequence[Edit], *, at_end: bool = False
+        self,
+        length: int,
+        capture: CaptureOptions | None,
+        edits: Sequence[Edit],
+        *,
+        at_end: bool = False,
+        rows: int = 1,
     ) -> Tapping:
         from irkit.engine.tapping import Tapping, tapping
 
         if capture is None and not edits:
             return Tapping()
         words: dict[str, Any] = {"names": ()} if capture is None else capture.model_dump(exclude={"budget", "logits"})
-        return tapping(self.config, length, edits=edits, at_end=at_end, **words)
+        return tapping(self.config, length, edits=edits, at_end=at_end, rows=rows, **words)
 
     def trace(
         self, name: str, rows: Sequence[Sequence[int]], options: TraceOptions, edits: Sequence[Edit], n_ctx: int
@@ -195,9 +201,7 @@ class Model:
             BudgetError: it would take more memory than it may.
             ContextFullError, OptionError: a text does not fit, or what is asked for is not there.
         """
-        for ids in rows:
-            _check_fits(len(ids), n_ctx)
-        taps = self._tapping(max(map(len, rows)), options, edits)
+        taps = self._tapping(_longest(rows, n_ctx), options, edits, rows=len(rows))
         runtime = self.load()
 
         def job() -> Trace:
@@ -211,9 +215,7 @@ class Model:
         self, rows: Sequence[Sequence[int]], options: TraceOptions, edits: Sequence[Edit], n_ctx: int
     ) -> Estimate:
         """What `trace` would take."""
-        for ids in rows:
-            _check_fits(len(ids), n_ctx)
-        taps = self._tapping(max(map(len, rows)), options, edits)
+        taps = self._tapping(_longest(rows, n_ctx), options, edits, rows=len(rows))
         runtime = self.load()
 
         def job() -> Estimate:
@@ -308,6 +310,15 @@ def _check_fits(tokens: int, n_ctx: int) -> None:
         raise OptionError("the text is empty, and the model has no token to begin a text with")
     if tokens > n_ctx:
         raise ContextFullError(f"the text has {tokens} tokens; the context holds {n_ctx}")
+
+
+def _longest(rows: Sequence[Sequence[int]], n_ctx: int) -> int:
+    """The tokens of the longest text, each of which fits the context."""
+    if not rows:
+        raise OptionError("texts: there is none")
+    for ids in rows:
+        _check_fits(len(ids), n_ctx)
+    return max(map(len, rows))
 
 
 def _main_format(file: gguf.File) -> str:
