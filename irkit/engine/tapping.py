@@ -90,7 +90,7 @@ class Tapping:
             heads[0, list(choose(edit.heads, heads.shape[1], "heads"))] = True
         elif edit.heads is not None:
             raise OptionError(f"heads: {point.name} has no heads")
-        if not abs(edit.strength) <= np.finfo(np.float32).max:
+        if not abs(edit.strength) <= float(np.finfo(np.float32).max):
             raise OptionError(f"{edit.name}: the strength must be a finite number, got {edit.strength}")
         value = None if edit.op == "scale" else _laid_out(edit, point, self.config, self.rows)
         positions = np.zeros((1, capacity), bool)
