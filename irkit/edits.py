@@ -94,14 +94,17 @@ def parse(edits: Sequence[Any] | None) -> tuple[Edit, ...]:
 def _parsed(edit: Any) -> Edit:
     if isinstance(edit, Edit):
         return edit
-    kinds = {"steer": steer, "scale": scale, "ablate": ablate}
-    if not isinstance(edit, Mapping) or edit.get("op") not in kinds:
+    from irkit import options  # pydantic takes longer to import than irkit
+
+    kinds = {"steer": (options.SteerWords, steer), "scale": (options.ScaleWords, scale)}
+    kinds |= {"ablate": (options.AblateWords, ablate)}
+    op = edit.get("op") if isinstance(edit, Mapping) else None
+    if not isinstance(op, str) or op not in kinds:
         raise OptionError(f"edits: one of {', '.join(kinds)} is needed as op, got {str(edit)[:80]}")
-    words = {name: value for name, value in edit.items() if name != "op"}
+    words, make = kinds[op]
     try:
-        made = kinds[edit["op"]](**words)
-        if made.value is not None and not np.isfinite(made.value).all():
-            raise ValueError("the numbers must be finite")
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"edits: {edit['op']}: {error}") from None
-    return made
+        given = options.parse(words, {name: value for name, value in edit.items() if name != "op"})
+        with np.errstate(over="ignore"):  # infinity is refused where the value is laid out
+            return make(**dict(given))
+    except (TypeError, ValueError, OverflowError) as error:  # numpy's too, of lists that are no array
+        raise OptionError(f"edits: {op}: {error}") from None

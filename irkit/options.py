@@ -24,7 +24,7 @@ from pydantic import (
 from irkit.errors import OptionError
 
 Text = Annotated[str | Sequence[int], Field(description="Text, or (from a program) a list of token ids.")]
-Texts = Annotated[str | Sequence[str | Sequence[int]], Field(description="One text or several.")]
+Texts = Annotated[str | Sequence[int] | Sequence[str | Sequence[int]], Field(description="One text or several.")]
 TokenIds = Annotated[Sequence[int], Field(description="Token ids.")]
 Messages = Annotated[
     str | Sequence[Mapping[str, Any]],
@@ -36,7 +36,7 @@ Tools = Annotated[
 ]
 System = Annotated[str | None, Field(description="What the model is told before the conversation.")]
 Edits = Annotated[
-    Sequence[Any] | None,
+    Annotated[Sequence[Any], Field(max_length=64)] | None,
     Field(description="Changes to make in the pass, as irkit.steer, scale, ablate, patch and call make, or as JSON."),
 ]
 Captures = Annotated[
@@ -72,11 +72,19 @@ StopStrings = Annotated[
 def _as_several(value: object) -> object:
     if isinstance(value, range):
         return tuple(value)
-    return (value,) if isinstance(value, str | int) else value
+    if isinstance(value, list | tuple) and any(isinstance(item, str) and "," in item for item in value):
+        return tuple(part for item in value for part in (item.split(",") if isinstance(item, str) else [item]))
+    if isinstance(value, str):
+        return tuple(value.split(","))
+    return (value,) if isinstance(value, int) else value
 
 
-Strings = Annotated[tuple[str, ...], BeforeValidator(_as_several)]
-Numbers = Annotated[tuple[int, ...], BeforeValidator(_as_several)]
+Strings = Annotated[
+    tuple[Annotated[str, Field(max_length=200)], ...], BeforeValidator(_as_several), Field(max_length=1 << 12)
+]
+"""Names: one, several, or (on the command line) with commas between them."""
+Numbers = Annotated[tuple[int, ...], BeforeValidator(_as_several), Field(max_length=1 << 16)]
+"""Likewise."""
 LogitBias = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-1e4, le=1e4)]]
 
 
@@ -207,6 +215,47 @@ class TraceOptions(CaptureOptions):
     """Of which positions to keep the logits."""
 
 
+class SteerWords(Options):
+    """What `irkit.steer` takes, as JSON."""
+
+    vector: Any
+    layers: Numbers
+    positions: Numbers | None = None
+    strength: float = 1.0
+    name: str = Field(default="resid_post", max_length=200)
+
+
+class ScaleWords(Options):
+    """What `irkit.scale` takes, as JSON."""
+
+    name: str = Field(max_length=200)
+    factor: float
+    layers: Numbers | None = None
+    heads: Numbers | None = None
+    positions: Numbers | None = None
+
+
+class AblateWords(Options):
+    """What `irkit.ablate` takes, as JSON."""
+
+    name: str = Field(max_length=200)
+    layers: Numbers | None = None
+    heads: Numbers | None = None
+    positions: Numbers | None = None
+    mean: Any = None
+
+
+class LensOptions(Options):
+    """What the logit lens looks at."""
+
+    layers: Numbers | None = None
+    """Layers to look at; negative ones count from the last; if not given, all."""
+    positions: Numbers | None = None
+    """Token positions to look at; negative ones count from the last; if not given, all."""
+    k: int = Field(default=5, ge=1, le=1000)
+    """How many of the likeliest tokens to keep at each place."""
+
+
 class ServeOptions(Options):
     """Where the server listens."""
 
@@ -214,6 +263,8 @@ class ServeOptions(Options):
     """The address to listen on."""
     port: int = Field(default=11434, ge=0, le=65535)
     """The port to listen on; 0 takes a free one."""
+    budget: int = Field(default=1 << 28, ge=0, le=1 << 50)
+    """The most bytes that what one request traces or captures may take; a request may ask for less."""
 
 
 _Lengths = tuple[Annotated[int, Field(ge=1, le=1 << 22)], ...]

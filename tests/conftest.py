@@ -1,5 +1,6 @@
 """Fixtures every test can use: the real default model, fetched by irkit's own code."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,3 +36,14 @@ def session(shared_session: "irkit.Session") -> "irkit.Session":
     shared_session.reset()
     shared_session.model.submit(lambda: None).result()  # it was queued
     return shared_session
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers of random weights, width 64, over 258 tokens: `write_model` of the engine's tests."""
+    spec = importlib.util.spec_from_file_location("small_models", Path(__file__).parent / "engine" / "conftest.py")
+    assert spec
+    assert spec.loader
+    small_models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small_models)
+    return small_models.write_model(tmp_path_factory.mktemp("models") / "tiny.gguf")

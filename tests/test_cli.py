@@ -1,5 +1,6 @@
 """The command line as people meet it: a process of its own, with pipes or a terminal."""
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import irkit
@@ -77,6 +79,15 @@ def test_version():
         (["chat", "m"], 1, "irkit: no model 'm'"),
         (["respond", "m", "hi", "--tools", "{"], 2, "irkit: --tools must be JSON"),
         (["detokenize", "m", "one"], 2, "irkit: IDS must be a valid integer"),
+        (["trace", "m", "hi", "--layers", "0,x"], 2, "irkit: --layers must be a valid integer"),
+        (["trace", "m", "hi", "--k", "0"], 2, "irkit: --k must be greater than or equal to 1"),
+        (["trace", "m", "hi", "--reduce", "sum"], 2, "irkit: --reduce must be 'none', 'last'"),
+        (["trace", "m", "hi", "--edits", "[{"], 2, "irkit: --edits must be JSON"),
+        (["trace", "m", "hi", "--edits", "{}"], 2, "irkit: --edits must be an instance of Sequence, got {}"),
+        (["trace", "m", "hi", "-o", "no/such/folder/t"], 2, "irkit: --output: no file can be made at"),
+        (["lens", "m"], 2, "irkit: TEXT is missing"),
+        (["generate", "m", "hi", "--capture", "z"], 2, "irkit: --capture needs --json"),
+        (["run", "m", "hi", "--capture", '{"names": ', "--json"], 2, "irkit: --capture must be JSON"),
         (["serve", "--port", "65536"], 2, "irkit: --port must be less than or equal to 65535"),
         (["rm", "nosuch"], 1, "irkit: no model 'nosuch'"),
         (["add", "nosuch.gguf"], 1, "irkit: no file at 'nosuch.gguf'"),
@@ -153,6 +164,74 @@ def test_respond_reads_a_conversation_and_generate_leaves_text_alone(model_path,
     assert irkit_("generate", model_path, text, *words).stdout == session.generate(text, **options).text + "\n"
 
 
+def test_trace_prints_what_there_is_or_numbers_or_an_error(tiny_path):
+    with Session(tiny_path) as tiny:
+        expected = tiny.trace("hello", names=("pattern", "resid_post"), layers=(0, -1))
+    words = ["trace", tiny_path, "hello", "--names", "pattern,resid_post", "--layers", "0,-1"]
+    first, pattern, stream, logits = irkit_(*words).stdout.splitlines()
+    assert first.startswith("4 tokens, 4 arrays, ")
+    assert re.fullmatch(r"attn.hook_pattern +layers 0-1 +\[1, 4, 4, 4\] +entropy [\d.]+ nats", pattern)
+    norm = np.mean(np.linalg.norm(expected["resid_post"], axis=-1))
+    assert stream.split() == ["hook_resid_post", "layers", "0-1", "[1,", "4,", "64]", "norm", f"{norm:.3g}"]
+    assert logits.split() == ["logits", "[1,", "4,", "258]"]
+    told = json.loads(irkit_(*words, "--json", "--logits", "none").stdout)
+    assert told["arrays"].keys() == set(expected)
+    assert np.allclose(told["arrays"]["blocks.1.attn.hook_pattern"]["values"], expected["pattern", 1], atol=1e-5)
+    done = irkit_(*words, "--budget", 1000)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the budget is 1 kB" in done.stderr
+    large = irkit_("trace", tiny_path, "a" * 400, "--names", "pattern", "--json")
+    assert (large.returncode, large.stdout) == (1, "")
+    assert "JSON holds at most 1,000,000" in large.stderr
+    assert "--output" in large.stderr
+
+
+def test_trace_keeps_a_file(tiny_path, tmp_path):
+    pytest.importorskip("irkit.tracefile")
+    path = tmp_path / "trace.safetensors"
+    done = irkit_("trace", tiny_path, "hello", "--names", "z", "-o", path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "2 arrays" in done.stderr
+    assert irkit.load_trace(path)["z", 1].shape == (1, 4, 4, 16)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_lens_is_a_table_and_estimate_a_list(tiny_path):
+    with Session(tiny_path) as tiny:
+        lens, estimate = tiny.lens("hello", k=2), tiny.estimate("hello", names="z")
+    assert irkit_("lens", tiny_path, given="hello").stdout == str(lens) + "\n"
+    heading, last, first = str(lens).splitlines()
+    assert heading.split() == ["'he'", "'l'", "'l'", "'o'"]
+    assert last.startswith(f"1 {lens.strings[1][0][0]!r} {100 * np.exp(lens.logprobs[1, 0, 0]):.0f}")
+    assert first.startswith("0 ")
+    told = json.loads(irkit_("lens", tiny_path, "hello", "--k", 2, "--json").stdout)
+    assert told["strings"] == [[list(place) for place in layer] for layer in lens.strings]
+    told = json.loads(irkit_("estimate", tiny_path, "hello", "--names", "z", "--json").stdout)
+    assert (told["nbytes"], told["fits"]) == (estimate.nbytes, True)
+
+
+def test_the_lens_fits_the_terminal(tiny_path):
+    terminal = Terminal("lens", str(tiny_path), "a" * 40, "--layers", "1")
+    lines = terminal.rest().replace("\r", "").splitlines()
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 100
+    assert sum(line.count("'a'") for line in lines if not line.startswith("1 ")) == 40
+    assert terminal.close() == 0
+
+
+def test_edits_and_captures_of_an_answer(tiny_path):
+    words = ["generate", tiny_path, "hello", "--temperature", 0, "--num-predict", 2, "--json"]
+    edits = ["--edits", '[{"op": "scale", "name": "resid_post", "factor": 0, "layers": 1}]']
+    done = irkit_(*words, "--edits", edits[1].replace("}", ', "heads": 0}'))
+    assert (done.returncode, done.stderr) == (2, "irkit: heads: hook_resid_post has no heads\n")
+    plain, changed = (json.loads(irkit_(*words, *more).stdout) for more in ([], edits))
+    assert plain["tokens"][0]["logprob"] != changed["tokens"][0]["logprob"]
+    assert changed["tokens"][0]["logprob"] == pytest.approx(-np.log(258), abs=1e-3)
+    for capture in ("z,pattern", '{"names": ["z", "pattern"]}'):
+        told = json.loads(irkit_(*words, "--capture", capture).stdout)
+        assert [len(token["captures"]["arrays"]) for token in told["tokens"]] == [4, 4]
+    assert "captures" not in plain["tokens"][0]
+
+
 @pytest.fixture
 def answering(model_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that has begun a long answer."""
@@ -226,6 +305,14 @@ class Terminal:
         if select.select([self._ours], [], [], 0.1)[0]:
             text = os.read(self._ours, 65536).decode(errors="replace")
             self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]", "", text)
+
+    def rest(self) -> str:
+        """Everything shown until the command ends."""
+        deadline = time.monotonic() + 120
+        with contextlib.suppress(OSError):  # so a terminal ends
+            while time.monotonic() < deadline:
+                self._read()
+        return self.shown
 
     def close(self) -> int:
         code = self.process.wait(30)

@@ -1,10 +1,11 @@
 """The commands: one for each verb of a `Session`, and those for running, serving and keeping models."""
 
+import contextlib
 import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +19,9 @@ from irkit.cli.terminal import ctrl_c_raises, is_terminal, printable, progress_b
 from irkit.cli.words import convert, declare, label
 from irkit.errors import OptionError
 from irkit.options import BenchOptions, ServeOptions, parse
-from irkit.results import Generation, as_json
+from irkit.results import Generation, Lens, as_json
 from irkit.session import Session
+from irkit.trace import Trace, size
 from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, option_parameters, verbs
 
 WITHOUT_COMMAND = {"reset", "close"}
@@ -42,6 +44,10 @@ def _model_names(incomplete: str) -> list[str]:
     return [model.name for model in hub.models() if model.name.startswith(incomplete)]
 
 
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Keep the trace in this file, as safetensors.", metavar="FILE"),
+]
 Models = Annotated[list[str], typer.Argument(help="Names of models, or paths.", metavar="MODEL")]
 Name = Annotated[str, typer.Argument(help="The name of a model.", metavar="NAME", autocompletion=_model_names)]
 
@@ -75,6 +81,7 @@ _MODEL, *_HOW = load_parameters()
 _SYSTEM = next(p for p in verbs()["chat"].parameters if p.name == "system")
 _PROMPT = next(p for p in verbs()["generate"].parameters if p.name == "prompt")
 _ANSWER = [p for p in verbs()["respond"].parameters if p.option]
+_SEEN = [p for p in verbs()["respond"].parameters if p.name in ("capture", "edits")]
 _IN_JSON, _VERBOSE = _parameter("in_json", Json, False), _parameter("verbose", Verbose, False)
 
 
@@ -96,7 +103,7 @@ def _irkit(version: Version = False) -> None: ...
     [
         declare(_MODEL, _model_names),
         _parameter("prompt", Prompt, None),
-        *map(declare, [_SYSTEM, *_ANSWER, *_HOW]),
+        *map(declare, [_SYSTEM, *_SEEN, *_ANSWER, *_HOW]),
         _IN_JSON,
         _VERBOSE,
     ],
@@ -105,16 +112,18 @@ def _run(prompt: str | None, in_json: bool, verbose: bool, **given: Any) -> None
     """Ask a model once, or talk to it in a prompt loop."""
     text = "\n".join(part for part in (_piped(), prompt and convert(_PROMPT, prompt)) if part)
     system = convert(_SYSTEM, given["system"])
-    options = _values(_ANSWER, given)
+    options, seen = _values(_ANSWER, given), _values(_SEEN, given)
+    _check_shown(seen, in_json)
     if not text and not is_terminal(sys.stdin):
         raise OptionError("there is no prompt: give one after the model's name, or pipe one in")
     with _session(given) as session:
         if text:
             opening = [{"role": "system", "content": system}] if system else []
             messages = [*opening, {"role": "user", "content": text}]
-            _answer(session, lambda: session.respond(messages, **options), in_json, verbose)
+            _answer(session, lambda: session.respond(messages, **seen, **options), in_json, verbose)
         else:
-            with ctrl_c_raises():
+            changed = session.hooks(edits=seen["edits"]) if seen["edits"] else contextlib.nullcontext()
+            with ctrl_c_raises(), changed:
                 session.chat(system, **options)
 
 
@@ -191,10 +200,14 @@ def _rm(name: Name) -> None:
 def _add_verb(verb: Verb) -> None:
     """Adds the command of `verb`."""
     extras = [_IN_JSON] * (verb.result is not None) + [_VERBOSE] * verb.streams
+    extras += [_parameter("output", Output, None)] * (verb.result is Trace)
     parameters = [declare(_MODEL, _model_names), *map(declare, [*verb.parameters, *_HOW])]
 
-    def function(in_json: bool = False, verbose: bool = False, **given: Any) -> None:
+    def function(in_json: bool = False, verbose: bool = False, output: Path | None = None, **given: Any) -> None:
         arguments = _values(verb.parameters, given)
+        _check_shown(arguments, in_json)
+        if output and (output.is_dir() or not output.absolute().parent.is_dir()):
+            raise OptionError(f"--output: no file can be made at '{output}'")
         with _session(given) as session:
             call = functools.partial(getattr(session, verb.name), **arguments)
             if verb.streams:
@@ -202,6 +215,8 @@ def _add_verb(verb: Verb) -> None:
             elif verb.result is None:
                 with ctrl_c_raises():  # it is a conversation
                     call()
+            elif output:
+                _keep(call(), output)
             else:
                 _show(call(), in_json)
 
@@ -272,8 +287,26 @@ def _answer(session: Session, ask: Callable[[], Generation], in_json: bool, verb
         generation.cancel()
 
 
+def _check_shown(given: Mapping[str, Any], in_json: bool) -> None:
+    if given.get("capture") is not None and not in_json:
+        raise OptionError("--capture needs --json, where each token shows what was captured")
+
+
+def _keep(trace: Trace, output: Path) -> None:
+    trace.save(output)
+    say(f"{len(trace)} arrays, {size(trace.nbytes)}, in {output}")
+
+
 def _show(result: Any, in_json: bool) -> None:
     """Prints what a verb returned: ids and vectors as numbers between spaces, one vector a line."""
+    if not in_json and isinstance(result, Trace | Lens):
+        from irkit.cli import tables
+
+        if isinstance(result, Lens):
+            tables.show_lens(result)
+        else:
+            print(tables.summary(result))
+        return
     plain = as_json(result)
     if in_json:
         print(json.dumps(plain, ensure_ascii=False))

@@ -65,9 +65,9 @@ def convert(parameter: Parameter, given: Any) -> Any:
         if not all("=" in word for word in words):
             raise OptionError(f"{name} must be KEY=VALUE, got {' '.join(words)!r}")
         value = dict(word.split("=", 1) for word in words)
-    elif shape == "json" or (_holds_objects(parameter.annotation) and value.lstrip().startswith("[{")):
+    elif shape == "json" or _is_object(parameter.annotation, words):
         try:
-            value = from_json(value, allow_inf_nan=False)
+            value = from_json(words[0], allow_inf_nan=False)
         except ValueError as error:
             raise OptionError(f"{name} must be JSON: {error}") from None
     return check(parameter.annotation, name, value)
@@ -119,9 +119,13 @@ def _shape(annotation: Any) -> Shape:
     return "word"
 
 
-def _holds_objects(annotation: Any) -> bool:
-    items = (get_args(member)[0] for member in _members(annotation) if get_origin(member) is Sequence)
-    return any(get_origin(item) is Mapping for item in items)
+def _is_object(annotation: Any, words: Sequence[str]) -> bool:
+    """Whether these words are an object, or several, of a parameter that may be words as well."""
+    members = _members(annotation)
+    items = (get_args(member)[0] for member in members if get_origin(member) is Sequence)
+    several = any(get_origin(item) is Mapping for item in items) and words[0].lstrip().startswith("[{")
+    one = any(get_origin(member) is Mapping for member in members) and words[0].lstrip().startswith("{")
+    return several or (one and len(words) == 1)
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:

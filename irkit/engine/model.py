@@ -179,14 +179,20 @@ class Model:
         return generation
 
     def _tapping(
-        self, length: int, capture: CaptureOptions | None, edits: Sequence[Edit], *, at_end: bool = False
+        self,
+        length: int,
+        capture: CaptureOptions | None,
+        edits: Sequence[Edit],
+        *,
+        at_end: bool = False,
+        rows: int = 1,
     ) -> Tapping:
         from irkit.engine.tapping import Tapping, tapping
 
         if capture is None and not edits:
             return Tapping()
         words: dict[str, Any] = {"names": ()} if capture is None else capture.model_dump(exclude={"budget", "logits"})
-        return tapping(self.config, length, edits=edits, at_end=at_end, **words)
+        return tapping(self.config, length, edits=edits, at_end=at_end, rows=rows, **words)
 
     def trace(
         self, name: str, rows: Sequence[Sequence[int]], options: TraceOptions, edits: Sequence[Edit], n_ctx: int
@@ -197,8 +203,7 @@ class Model:
             BudgetError: it would take more memory than it may.
             ContextFullError, OptionError: a text does not fit, or what is asked for is not there.
         """
-        _check_texts(rows, n_ctx)
-        taps = self._tapping(max(map(len, rows)), options, edits)
+        taps = self._tapping(_longest(rows, n_ctx), options, edits, rows=len(rows))
         runtime = self.load()
 
         def job() -> Trace:
@@ -212,8 +217,7 @@ class Model:
         self, rows: Sequence[Sequence[int]], options: TraceOptions, edits: Sequence[Edit], n_ctx: int
     ) -> Estimate:
         """What `trace` would take."""
-        _check_texts(rows, n_ctx)
-        taps = self._tapping(max(map(len, rows)), options, edits)
+        taps = self._tapping(_longest(rows, n_ctx), options, edits, rows=len(rows))
         runtime = self.load()
 
         def job() -> Estimate:
@@ -303,18 +307,20 @@ def _kernels(precision: Precision, backend: Backend) -> str:
     return library.describe() if precision == "fast" else "xla (precision is exact)"
 
 
-def _check_texts(rows: Sequence[Sequence[int]], n_ctx: int) -> None:
-    if not rows:
-        raise OptionError("texts: the list is empty")
-    for ids in rows:
-        _check_fits(len(ids), n_ctx)
-
-
 def _check_fits(tokens: int, n_ctx: int) -> None:
     if not tokens:
         raise OptionError("the text is empty, and the model has no token to begin a text with")
     if tokens > n_ctx:
         raise ContextFullError(f"the text has {tokens} tokens; the context holds {n_ctx}")
+
+
+def _longest(rows: Sequence[Sequence[int]], n_ctx: int) -> int:
+    """The tokens of the longest text, each of which fits the context."""
+    if not rows:
+        raise OptionError("texts: there is none")
+    for ids in rows:
+        _check_fits(len(ids), n_ctx)
+    return max(map(len, rows))
 
 
 def _main_format(file: gguf.File) -> str:

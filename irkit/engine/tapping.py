@@ -36,6 +36,8 @@ class Tapping:
     config: Config | None = None
     length: int = 0
     """Of the prompt, from whose end negative positions count."""
+    rows: int = 1
+    """How many texts there are."""
     _made: dict[tuple[int, ...], Operands] = field(default_factory=dict, repr=False, compare=False)
 
     def __bool__(self) -> bool:
@@ -55,7 +57,7 @@ class Tapping:
     def without_captures(self) -> Tapping:
         """Only the edits."""
         spec = Spec((), self.spec.edits)
-        return Tapping(spec, edits=self.edits, config=self.config, length=self.length)
+        return Tapping(spec, edits=self.edits, config=self.config, length=self.length, rows=self.rows)
 
     def operands(self, capacity: int, start: int = 0, size: int = 0) -> Operands:
         """The arrays for a cache of this capacity, and for a call that reads `size` tokens from `start` on."""
@@ -96,7 +98,9 @@ class Tapping:
             heads[0, list(choose(edit.heads, heads.shape[1], "heads"))] = True
         elif edit.heads is not None:
             raise OptionError(f"heads: {point.name} has no heads")
-        value = None if edit.op == "scale" else _laid_out(edit, point)
+        if not abs(edit.strength) <= float(np.finfo(np.float32).max):
+            raise OptionError(f"{edit.name}: the strength must be a finite number, got {edit.strength}")
+        value = None if edit.op == "scale" else _laid_out(edit, point, self.config, self.rows)
         positions = np.zeros((1, capacity), bool)
         if edit.positions is None:
             positions[:] = True
@@ -122,6 +126,7 @@ def tapping(
     k: int = 10,
     edits: Sequence[Edit] = (),
     at_end: bool = False,
+    rows: int = 1,
 ) -> Tapping:
     """What these words ask for, of a text of `length` tokens; `at_end`, of the last one that each call reads.
 
@@ -147,7 +152,7 @@ def tapping(
         captures.append(Capture(name, None, slots, len(kept_heads.get(name, ())), n_positions, reducer, of_k))
     changes = [change for edit in edits for change in _changes(edit, config)]
     spec = Spec(tuple(captures), tuple(changes), aside=at_end)
-    made = Tapping(spec, wanted, kept_heads, at, at_end, tuple(edits), config, length)
+    made = Tapping(spec, wanted, kept_heads, at, at_end, tuple(edits), config, length, rows)
     made.operands(max(length, 1))  # what does not fit is told now, not on the device's thread
     return made
 
@@ -243,18 +248,25 @@ def _changes(edit: Edit, config: Config) -> list[taps.Edit]:
     return [taps.Edit(point.name, "call", edit.function, each) for each in chosen]
 
 
-def _laid_out(edit: Edit, point: HookPoint) -> np.ndarray:
-    """The value in the hook point's own layout."""
+def _laid_out(edit: Edit, point: HookPoint, config: Config, rows: int) -> np.ndarray:
+    """The value in the hook point's own layout; each of its axes is 1 or as wide as there."""
     assert edit.value is not None
     value, ndim = edit.value, len(point.axes)
     if not np.isfinite(value).all():
         raise OptionError(f"{edit.name}: the value holds numbers that are not finite")
-    if value.ndim == ndim:
-        return value
     inner = ndim - 2  # without b and pos
     if "key" not in point.axes and value.ndim <= inner:
-        return value.reshape(1, 1, *(1 for _ in range(inner - value.ndim)), *value.shape)
-    raise OptionError(f"{edit.name}: a value of shape {list(value.shape)} does not fit {point.name} {point.shape}")
+        value = value.reshape(1, 1, *(1 for _ in range(inner - value.ndim)), *value.shape)
+    widths = {"b": rows, "1": 1, "H": config.n_heads, "K": config.n_kv_heads}
+    widths |= {name: getattr(config, name) for name in ("d_model", "d_head", "d_mlp")}
+    if value.ndim != ndim or not all(
+        size > 0 and size in (1, widths.get(name, size)) for name, size in zip(point.axes, value.shape, strict=True)
+    ):
+        shown = ", ".join(str(widths[name]) if name in widths and name != "b" else name for name in point.axes)
+        raise OptionError(
+            f"{edit.name}: a value of shape {list(edit.value.shape)} does not fit {point.name}, which is [{shown}]"
+        )
+    return value
 
 
 def _padded(value: np.ndarray, point: HookPoint, capacity: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The application: a route for each verb, the shapes of other APIs beside them, and one form for errors."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -25,12 +25,14 @@ from irkit.errors import (
     UnsupportedModelError,
 )
 from irkit.options import LoadOptions, Options, ServeOptions
-from irkit.results import Generation, as_json
+from irkit.results import Generation
 from irkit.server import ollama
+from irkit.server.captures import Format, bounded, check_room, sent, without_traces
 from irkit.server.requests import body_of, read
 from irkit.server.security import LOCAL_ORIGINS, LocalHostsOnly, is_loopback
 from irkit.server.sessions import Sessions
 from irkit.server.streams import answer_lines, answer_once
+from irkit.trace import Trace
 from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, verbs
 
 WITHOUT_ROUTE = {"chat", "close", "generate", "embed"}
@@ -43,7 +45,7 @@ STATUSES = {
     BackendError: 400,
     ModelNotFoundError: 404,
     PullError: 502,
-    BudgetError: 503,
+    BudgetError: 413,
 }
 """The HTTP status of each error; 500 where it is not the request's fault."""
 
@@ -58,6 +60,7 @@ class CloseRequest(Options):
 def create_app(options: ServeOptions | None = None) -> FastAPI:
     """The ASGI application of `irkit serve`; on a loopback address it answers to local names only."""
     sessions = Sessions()
+    serving = options or ServeOptions()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,7 +74,7 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(CORSMiddleware, allow_origin_regex=LOCAL_ORIGINS, allow_methods=["*"], allow_headers=["*"])
-    if is_loopback((options or ServeOptions()).host):
+    if is_loopback(serving.host):
         app.add_middleware(LocalHostsOnly)
 
     @app.head("/", include_in_schema=False)
@@ -92,10 +95,10 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
         await sessions.close(asked.model)
         return {"model": asked.model, "result": None}
 
-    app.include_router(ollama.router(sessions))  # OpenAI's shapes will stand beside it
+    app.include_router(ollama.router(sessions, serving.budget))  # OpenAI's shapes will stand beside it
     for verb in verbs().values():
         if verb.name not in WITHOUT_ROUTE:
-            _add_verb(app, sessions, verb)
+            _add_verb(app, sessions, verb, serving.budget)
     return app
 
 
@@ -106,6 +109,10 @@ def request_model(verb: Verb) -> type[Options]:
     fields |= {parameter.name: _field(parameter) for parameter in (*verb.parameters, *load)}
     if verb.streams:
         fields["stream"] = (bool, Field(True, description="Send each token as a line of JSON, then the result."))
+    if "capture" in fields:
+        fields["capture_format"] = (Format, "safetensors")
+    if verb.result is Trace:
+        fields["format"] = (Format, "safetensors")
     return create_model(f"{verb.name.title()}Request", __base__=Options, **fields)
 
 
@@ -114,8 +121,11 @@ def _field(parameter: Parameter) -> tuple[Any, Any]:
     return parameter.annotation, Field(default, description=parameter.help)
 
 
-def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb) -> None:
-    """Adds `POST /api/<verb>`, which replies {"model", "result"}, after the tokens if it streams."""
+def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb, budget: int) -> None:
+    """Adds `POST /api/<verb>`, which replies {"model", "result"}, after the tokens if it streams.
+
+    What it traces or captures may take as many bytes as `budget`.
+    """
     body = request_model(verb)
     names = [parameter.name for parameter in verb.parameters]
 
@@ -125,25 +135,33 @@ def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb) -> None:
         given: Mapping[str, Any] = dict(asked)
         load = LoadOptions(**{name: given[name] for name in LoadOptions.model_fields})
         session = await sessions.get(asked.model, load)
-        ask = partial(getattr(session, verb.name), **{name: given[name] for name in names})
-        if not verb.streams:
-            return JSONResponse({"model": asked.model, "result": as_json(await sessions.compute(ask))})
-        generation: Generation = await to_thread.run_sync(ask)
-        if asked.stream:
-            return await answer_lines(request, generation, _tokens(asked.model, generation))
-        return await answer_once(request, generation, _result(asked.model, generation))
+        arguments = bounded({name: given[name] for name in names}, budget)
+        ask = partial(getattr(session, verb.name), **arguments)
+        if verb.streams:
+            generation: Generation = await to_thread.run_sync(ask)
+            put = partial(sent, format=asked.capture_format)
+            if asked.stream:
+                return await answer_lines(request, generation, _tokens(asked.model, generation, put))
+            return await answer_once(request, generation, _result(asked.model, generation, put))
+
+        def made() -> Any:
+            if verb.result is Trace:
+                check_room(session, arguments, budget)
+            return sent(ask(), given.get("format", "json"))
+
+        return JSONResponse({"model": asked.model, "result": await sessions.compute(made)})
 
 
-async def _tokens(model: str, generation: Generation) -> AsyncIterator[dict[str, Any]]:
+async def _tokens(model: str, generation: Generation, put: Callable[[Any], Any]) -> AsyncIterator[dict[str, Any]]:
     async for token in generation:
-        yield as_json(token)
-    yield await _result(model, generation)
+        yield put(token) if token.captures is None else await to_thread.run_sync(put, token)
+    yield await _result(model, generation, without_traces)
 
 
-async def _result(model: str, generation: Generation) -> dict[str, Any]:
+async def _result(model: str, generation: Generation, put: Callable[[Any], Any]) -> dict[str, Any]:
     async for _ in generation:
         pass  # its end is awaited without holding a thread
-    return {"model": model, "result": as_json(generation)}
+    return {"model": model, "result": await to_thread.run_sync(put, generation)}
 
 
 def _error(message: str, status: int, headers: Mapping[str, str] | None = None) -> Response:

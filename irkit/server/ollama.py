@@ -21,8 +21,9 @@ from pydantic import ConfigDict, Field, model_validator
 import irkit
 from irkit import hub
 from irkit.errors import IrkitError, OptionError
-from irkit.options import EmbedOptions, GenerateOptions, LoadOptions, Options, parse
+from irkit.options import Captures, Edits, EmbedOptions, GenerateOptions, LoadOptions, Options, parse
 from irkit.results import Generation, Token, as_json
+from irkit.server.captures import Format, bounded, sent
 from irkit.server.requests import body_of, read
 from irkit.server.sessions import Sessions, known
 from irkit.server.streams import answer_lines, answer_once
@@ -74,6 +75,9 @@ class _AnswerRequest(_OllamaRequest):
     """Not supported."""
     think: Any = None
     """Not supported."""
+    capture: Captures = None
+    edits: Edits = None
+    capture_format: Format = "safetensors"
 
 
 class GenerateRequest(_AnswerRequest):
@@ -132,10 +136,12 @@ class _Answer:
     shape: Callable[[str], dict[str, Any]]
     began: float
 
-    async def objects(self) -> AsyncIterator[dict[str, Any]]:
+    async def objects(self, *, captures: bool = True) -> AsyncIterator[dict[str, Any]]:
         """An object for each piece of text, and the last one, with counts and times."""
         async for token in self.generation:
-            entries = {"logprobs": [_logprob(self.session, token)]} if self.asked.logprobs else {}
+            entries: dict[str, Any] = {"logprobs": [_logprob(self.session, token)]} if self.asked.logprobs else {}
+            if captures and token.captures is not None:
+                entries["captures"] = await self._sent(token.captures)
             if token.text or entries:
                 yield self._object(token.text) | entries
         if self.generation.tail:
@@ -144,9 +150,15 @@ class _Answer:
 
     async def one(self) -> dict[str, Any]:
         """The whole answer."""
-        pieces = [piece async for piece in self.objects()]
+        pieces = [piece async for piece in self.objects(captures=False)]
         entries = [entry for piece in pieces for entry in piece.get("logprobs", ())]
-        return pieces[-1] | self.shape(self.generation.text) | ({"logprobs": entries} if entries else {})
+        whole = pieces[-1] | self.shape(self.generation.text) | ({"logprobs": entries} if entries else {})
+        if self.asked.capture is not None:
+            whole["captures"] = await self._sent([token.captures for token in self.generation.tokens])
+        return whole
+
+    async def _sent(self, captures: Any) -> Any:
+        return await to_thread.run_sync(sent, captures, self.asked.capture_format)
 
     def _object(self, text: str) -> dict[str, Any]:
         return _head(self.asked) | self.shape(text) | {"done": False}
@@ -167,8 +179,8 @@ class _Answer:
         }
 
 
-def router(sessions: Sessions) -> APIRouter:
-    """Ollama's routes, over `sessions`."""
+def router(sessions: Sessions, budget: int) -> APIRouter:
+    """Ollama's routes, over `sessions`; what an answer captures may take as many bytes as `budget`."""
     routes = APIRouter(prefix="/api", tags=["ollama"])
 
     @routes.post("/generate", openapi_extra=body_of(GenerateRequest))
@@ -215,7 +227,8 @@ def router(sessions: Sessions) -> APIRouter:
         if ask is None:
             await asyncio.wrap_future(session.model.load())
             return JSONResponse(_head(asked) | shape("") | {"done": True, "done_reason": "load"})
-        generation = await to_thread.run_sync(lambda: ask(session, **dict(options)))
+        taps = bounded({"capture": asked.capture, "edits": asked.edits}, budget)
+        generation = await to_thread.run_sync(lambda: ask(session, **taps, **dict(options)))
         made = _Answer(asked, session, generation, shape, began)
         if asked.stream:
             return await answer_lines(request, generation, made.objects())

@@ -330,9 +330,7 @@ class Taps:
             except Exception as error:
                 raise OptionError(f"the hook on {hook.name} failed: {type(error).__name__}: {error}") from error
             if new.shape != value.shape:
-                raise OptionError(
-                    f"the hook on {hook.name} returned shape {list(new.shape)}, not {list(value.shape)}"
-                )
+                raise OptionError(f"the hook on {hook.name} returned shape {list(new.shape)}, not {list(value.shape)}")
             return new.astype(value.dtype)
         assert self._start is not None
         axis, t = point.position_axis, value.shape[point.position_axis]

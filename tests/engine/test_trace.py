@@ -321,5 +321,5 @@ def test_what_is_not_there_is_named(small: irkit.Session, asked: dict[str, Any],
 def test_a_text_that_does_not_fit_is_refused(small: irkit.Session) -> None:
     with pytest.raises(ContextFullError):
         small.trace([1] * 513)
-    with pytest.raises(OptionError, match="empty"):
+    with pytest.raises(OptionError, match="there is none"):
         small.trace([])

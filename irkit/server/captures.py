@@ -1,0 +1,83 @@
+"""Traces in requests and replies: how much a request may ask for, and how arrays travel."""
+
+import base64
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from irkit.errors import BudgetError, OptionError
+from irkit.options import CaptureOptions, parse
+from irkit.results import as_json
+from irkit.session import Session
+from irkit.trace import Trace, size
+
+Format = Annotated[
+    Literal["safetensors", "json"],
+    Field(description="How arrays travel: a file of them in base64, or lists of numbers, of which there may be fewer."),
+]
+
+MAX_TEXTS = 64
+"""The most texts of one trace."""
+
+
+def bounded(given: Mapping[str, Any], budget: int) -> dict[str, Any]:
+    """The arguments of a verb, with no more to keep than the server's budget.
+
+    Raises:
+        OptionError: there are too many texts, or what is to be captured is told wrongly.
+    """
+    found = dict(given)
+    if "budget" in found:
+        found["budget"] = _least(found["budget"], budget)
+        if len(_texts(found)) > MAX_TEXTS:
+            raise OptionError(f"texts: a request may have {MAX_TEXTS}, got {len(_texts(found))}")
+    if found.get("capture") is not None:
+        capture = found["capture"]
+        options = parse(CaptureOptions, capture if isinstance(capture, Mapping) else {"names": capture})
+        found["capture"] = dict(options) | {"budget": _least(options.budget, budget)}
+    return found
+
+
+def check_room(session: Session, given: Mapping[str, Any], budget: int) -> None:
+    """Raises BudgetError where the texts of a trace need a KV cache beyond the server's budget."""
+    if len(_texts(given)) < 2:
+        return  # it is no larger than an answer's
+    found = session.estimate(**given)
+    if found.cache > budget:
+        raise BudgetError(
+            f"the KV cache of these texts would take {size(found.cache)}, the server's budget is {size(budget)}; "
+            "fewer or shorter texts would take less"
+        )
+
+
+def _texts(given: Mapping[str, Any]) -> Sequence[Any]:
+    return [given["texts"]] if isinstance(given["texts"], str) else given["texts"]
+
+
+def _least(asked: int | None, budget: int) -> int:
+    return budget if asked is None else min(asked, budget)
+
+
+def sent(value: Any, format: str) -> Any:
+    """What a verb returned, as JSON whose traces are in this format.
+
+    Raises:
+        BudgetError: they hold more numbers than JSON lists may, or were let go.
+    """
+    return as_json(value, _packed if format == "safetensors" else None)
+
+
+def without_traces(value: Any) -> Any:
+    """What a verb returned, as JSON: the traces in it were sent before."""
+    return as_json(value, lambda trace: None)
+
+
+def _packed(trace: Trace) -> dict[str, str]:
+    """The file that `Trace.save` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.safetensors")
+        trace.save(path)
+        return {"format": "safetensors", "data": base64.b64encode(path.read_bytes()).decode()}
