@@ -19,6 +19,7 @@ from irkit.errors import ContextFullError, ModelFileError, OptionError
 
 PROMPT = list(range(40, 60))
 GREEDY: dict[str, Any] = {"temperature": 0, "num_predict": 6, "stop": (), "logit_bias": {257: -100.0}}
+READ: dict[str, Any] = GREEDY | {"num_predict": 0}
 SAMPLED: dict[str, Any] = GREEDY | {"temperature": 1.0, "seed": 3}
 
 
@@ -43,11 +44,11 @@ def s(small: irkit.Session) -> irkit.Session:
 
 def read(session: irkit.Session, ids: list[int]) -> None:
     """Have exactly these in the cache."""
-    session.generate(ids, **(GREEDY | {"num_predict": 0})).finish_reason  # noqa: B018
+    session.generate(ids, **READ).finish_reason  # noqa: B018
 
 
-def made(generation: irkit.results.Generation) -> list[tuple[int, float | None]]:
-    return [(token.id, token.logprob) for token in generation.tokens]
+def made(generation: irkit.results.Generation) -> list[tuple[int, float]]:
+    return [(token.id, token.logprob or 0.0) for token in generation.tokens]
 
 
 def content(cache: Any) -> np.ndarray:
@@ -63,7 +64,7 @@ def test_what_a_view_shows(s: irkit.Session) -> None:
     assert (len(view), view.ids, view.provenance, view.capacity) == (20, tuple(PROMPT), "clean", 512)
     assert view.tokens == tuple(map(s.model.tokenizer.token, PROMPT))
     assert view.nbytes == 2 * 2 * 2 * 512 * 16 * 4 + 512 * 4
-    trace = s.trace(PROMPT)
+    trace = s.trace([PROMPT])
     for layer in (0, 1, -1):
         assert view.keys(layer).dtype == np.float32
         expected = trace["rot_k", layer][0].swapaxes(0, 1), trace["v", layer][0].swapaxes(0, 1)
@@ -148,7 +149,7 @@ def test_a_fork_grows_by_itself(path: Path) -> None:
 def test_only_a_cache_of_the_same_model_is_taken(s: irkit.Session, path: Path) -> None:
     for wrong in (None, Cache(512)):
         with pytest.raises(OptionError, match="a fork of a cache is needed"):
-            s.cache = wrong  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(s, "cache", wrong)  # noqa: B010
     with (
         irkit.Session(path, precision="exact", cache_type="f16") as other,
         pytest.raises(OptionError, match="other options"),
