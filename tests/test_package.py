@@ -72,7 +72,7 @@ ORDER = [
     {"transformer", "families", "tokenizer", "hub"},
     {"kernels"},
     {"gguf"},
-    {"options", "results", "trace", "tracefile", "plots", "edits", "errors"},
+    {"options", "results", "trace", "edits", "errors"},
 ]
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop, `irkit serve` the server.
 OPENS = {("session", "cli"), ("cli", "server")}
