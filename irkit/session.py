@@ -4,6 +4,7 @@ Its public methods are irkit's verbs. `irkit.verbs` reads them, with their optio
 and the server are made from what it finds: a new method here appears on every surface.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from irkit import hub
 from irkit.edits import Edit, call
 from irkit.edits import parse as parse_edits
-from irkit.engine import Model, open_model
+from irkit.engine import CacheView, Model, open_model
 from irkit.errors import OptionError
 from irkit.options import (
     CaptureOptions,
@@ -248,6 +249,62 @@ class Session:
             yield self
         finally:
             self._edits = before
+
+    @property
+    def cache(self) -> CacheView:
+        """The KV cache: to look at, fork, rewind, drop from, save and load. Assign a fork to put it in its place.
+
+        Raises:
+            ContextFullError: what is assigned holds more than the session's context.
+            OptionError: the session is closed, or what is assigned is no cache of the same model and options.
+        """
+        return CacheView(self.model, self._cache)
+
+    @cache.setter
+    def cache(self, snapshot: CacheView) -> None:
+        self.cache._put(snapshot)
+
+    @python_only
+    def fork(self) -> "Session":
+        """A session of the same model whose cache begins as a fork of this one's: the same, and then independent."""
+        made = copy.copy(self)
+        made._cache, made._edits = self.cache.fork()._cache, []
+        return made
+
+    @python_only
+    @accepts(GenerateOptions)
+    def continue_from(
+        self,
+        token_index: int | None = None,
+        alternative: "int | str | Sequence[int] | None" = None,
+        capture: Captures = None,
+        edits: Edits = None,
+        **options: Any,
+    ) -> Generation:
+        """Keep the cached tokens before `token_index`, put `alternative` behind them, and generate on from there.
+
+        What is kept is not computed again, but for the last token where there is no `alternative`; `edits` change what
+        comes after it. What comes behind is lost, unless it was forked.
+
+        Args:
+            token_index: A position in the cached text; a negative one counts from its end, None is its end.
+            alternative: A token id, several, or a text, in which the names of control tokens are not read as such.
+            capture: As for `generate`.
+            edits: As for `generate`; negative positions count from the end of `alternative`.
+            options: As for `generate`.
+
+        Raises:
+            ContextFullError: the text does not fit the context.
+            OptionError: there is no such position, an option is unknown or out of bounds, or the cache is empty.
+        """
+        parsed = parse(GenerateOptions, options)
+        if isinstance(alternative, str):
+            new: Sequence[int] = self.model.tokenizer.encode(alternative, add_special=False)
+        else:
+            given = [] if alternative is None else [alternative] if isinstance(alternative, int) else alternative
+            new = self._ids(given, "alternative")
+        kept = self.cache._before(token_index)
+        return self.model.generate([*kept.ids, *new], parsed, self._cache, *self._taps(capture, edits), kept=kept)
 
     def info(self) -> Info:
         """Say what the model is and how it is run here."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from irkit.transformer.cache import KVCache
@@ -20,7 +22,9 @@ AHEAD = SMALLEST // 2
 class Cache:
     """The arrays of a KV cache, and the tokens whose keys and values they hold.
 
-    Only the device's thread touches the arrays. `n_ctx` is the most tokens it may ever hold.
+    Only the device's thread touches the arrays. `n_ctx` is the most tokens it may ever hold. Forks share their arrays
+    until one of them writes: the compiled programs take over the arrays that they are given, so whoever is about to
+    call one asks `shared` first, and copies.
     """
 
     def __init__(self, n_ctx: int) -> None:
@@ -28,16 +32,17 @@ class Cache:
         self.arrays: KVCache | None = None
         self.ids: list[int] = []
         self.provenance: str | None = None
-        """What edits went into it: None where there were none."""
+        """What edits went into it: None where there were none. What nothing else has is never reused: see `mark`."""
+        self._sharing: WeakSet[Cache] = WeakSet([self])
         self.closed = threading.Event()
         """Set when its session closes: what is still to be computed with it ends."""
 
     def capacity(self, tokens: int) -> int:
-        """Positions it has once `tokens` fit: what it has, or the next size; never past `n_ctx`."""
+        """Positions it has once `tokens` fit: what it has, or the next size; it never grows past `n_ctx`."""
         size = 1 << (tokens - 1).bit_length()
         if size > LARGEST_STEP:
             size = -(-tokens // LARGEST_STEP) * LARGEST_STEP
-        return min(max(SMALLEST, size, self.arrays.capacity if self.arrays else 0), self.n_ctx)
+        return max(min(max(SMALLEST, size), self.n_ctx), self.arrays.capacity if self.arrays else 0)
 
     def keep_prefix_of(self, ids: Sequence[int], provenance: str | None = None) -> int:
         """Forget what does not begin `ids`, and the last of `ids`, whose logits are wanted; how many stay.
@@ -51,8 +56,63 @@ class Cache:
         del self.ids[same:]
         return same
 
+    def go_on(self, ids: Sequence[int], provenance: str | None) -> int:
+        """Keep all it holds, which begins `ids`, but for the last of `ids`; how many stay.
+
+        Whatever has gone into it; where edits of this `provenance` are others, it is reused by nobody from then on.
+        """
+        del self.ids[len(ids) - 1 :]
+        if not self.ids:
+            self.provenance = provenance
+        elif provenance != self.provenance:
+            self.mark("edited" if provenance else self.kind)
+        return len(self.ids)
+
+    @property
+    def kind(self) -> str:
+        """What its provenance says: `clean`, `edited`, `dropped`, or `dropped and edited`."""
+        if self.provenance is None:
+            return "clean"
+        kind, _, own = self.provenance.partition(":")
+        return kind if own else "edited"
+
+    def mark(self, kind: str) -> None:
+        """Note what was done to it beside what was already: no prompt will find the same provenance again."""
+        kinds = {*kind.split(" and "), *self.kind.split(" and ")} - {"clean"}
+        self.provenance = f"{' and '.join(sorted(kinds))}:{secrets.token_hex(8)}"
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens`."""
+        del self.ids[len(self.ids) - tokens :]
+        if not self.ids:
+            self.provenance = None
+
+    def fork(self) -> Cache:
+        """Another cache of the same content, which shares the arrays until either is written to."""
+        made = Cache(self.n_ctx)
+        made.adopt(self)
+        return made
+
+    def adopt(self, other: Cache) -> None:
+        """Hold what `other` holds, and share its arrays."""
+        self.own(other.arrays)
+        self.ids, self.provenance = list(other.ids), other.provenance
+        if other.arrays is not None:
+            self._sharing = other._sharing
+            self._sharing.add(self)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the arrays must be copied before they are written to."""
+        return len(self._sharing) > 1
+
+    def own(self, arrays: KVCache | None) -> None:
+        """Hold these arrays, which no other cache holds."""
+        self._sharing.discard(self)
+        self._sharing, self.arrays = WeakSet([self]), arrays
+
     def clear(self) -> None:
         """Forget every token, and free the memory."""
         self.ids = []
         self.provenance = None
-        self.arrays = None
+        self.own(None)

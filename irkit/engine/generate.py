@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from irkit.engine.cache import AHEAD
@@ -43,16 +44,19 @@ def generate(
     asked: float,
     tapping: Tapping,
     show: Shower,
+    goes_on: bool = False,
 ) -> None:
     """Make the answer to `ids`, token by token, into `generation`.
 
     `asked` is when it was asked for, on `time.perf_counter`'s clock; `cancelled` is looked at between
     steps, and between the chunks of a long prompt. `tapping` edits every pass, and captures from those that make a
-    token; `show` turns what was captured into what the token carries.
+    token; `show` turns what was captured into what the token carries. With `goes_on`, what `cache`
+    holds begins `ids`, and is kept whatever edits went into it.
     """
     ready = first = last = time.perf_counter()
     settings = runtime.settings(options, seed)
-    cached = cache.keep_prefix_of(ids, tapping.provenance)
+    keep = cache.go_on if goes_on else cache.keep_prefix_of
+    cached = keep(ids, tapping.provenance)
     writer = Writer(tokenizer, options, room=cache.n_ctx - len(ids))
     new = ids[cached:]
     top = options.top_logprobs > 0
@@ -166,12 +170,15 @@ def one_by_one(sampled: Sampled | None) -> Iterator[Sampled]:
 
 
 def room(runtime: Runtime, cache: Cache, tokens: int) -> KVCache:
-    """The cache's arrays, grown to have room for as many more tokens."""
+    """The cache's arrays, grown to have room for as many more tokens, and its own: they are about to be written to."""
     capacity = cache.capacity(len(cache.ids) + tokens)
     if cache.arrays is None:
-        cache.arrays = runtime.empty(capacity)
+        cache.own(runtime.empty(capacity))
     elif cache.arrays.capacity < capacity:
-        cache.arrays = runtime.grow(cache.arrays, capacity)
+        cache.own(runtime.grow(cache.arrays, capacity))
+    elif cache.shared:
+        cache.own(jax.tree.map(jnp.copy, cache.arrays))
+    assert cache.arrays is not None
     return cache.arrays
 
 

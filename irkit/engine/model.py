@@ -132,8 +132,11 @@ class Model:
         cache: Cache,
         capture: CaptureOptions | None = None,
         edits: Sequence[Edit] = (),
+        kept: Cache | None = None,
     ) -> Generation:
         """An answer to `ids`, which is being made when this returns; each token carries what `capture` asks for.
+
+        What `kept` holds begins `ids`: it is put into `cache` first, and gone on from, whatever went into it.
 
         Raises:
             ContextFullError: `ids` leave no room in the context.
@@ -157,6 +160,9 @@ class Model:
                 from irkit.engine.generate import generate
                 from irkit.engine.trace import shower
 
+                if kept is not None:
+                    cache.adopt(kept)
+                    kept.clear()  # or the arrays would be shared, and copied
                 show = shower(self, taps, list(ids), cache, capture)
                 generate(
                     runtime.result(),
@@ -170,6 +176,7 @@ class Model:
                     asked,
                     taps,
                     show,
+                    goes_on=kept is not None,
                 )
             except BaseException as error:
                 cache.clear()  # what a failed step leaves in it is not to be trusted

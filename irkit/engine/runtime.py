@@ -130,6 +130,25 @@ class Runtime:
     def _grower(self, old: int, capacity: int) -> Program:
         return self._program(kv.grow, (old, capacity), lambda: (self._cache(old),), capacity=capacity)
 
+    def move(self, cache: KVCache, origin: np.ndarray) -> KVCache:
+        """A cache with what stood at position `origin[i]` at `i`, for each `i` of its capacity."""
+        arguments = self.params["inv_freq"], origin.astype(np.int32)
+        layers = list(zip(cache.keys, cache.values, strict=True))
+        program = self._program(steps.moved, (cache.capacity,), lambda: (*layers[0], *arguments))
+        keys, values = zip(*(program(*layer, *arguments) for layer in layers), strict=True)
+        tokens = jax.device_put(np.asarray(cache.tokens)[:, origin], self.device)
+        return KVCache(list(keys), list(values), tokens)
+
+    def filled(self, keys: np.ndarray, values: np.ndarray, ids: Sequence[int], capacity: int) -> KVCache:
+        """A cache that holds these `keys` and `values`, `[layer, kv_head, position, d_head]`."""
+        width = ((0, 0), (0, 0), (0, capacity - len(ids)), (0, 0))
+
+        def placed(layers: np.ndarray) -> list[jax.Array]:
+            return [jax.device_put(np.pad(layer[None], width), self.device) for layer in layers]
+
+        tokens = np.pad(np.array([ids], np.int32), width[1:3])
+        return KVCache(placed(keys), placed(values), jax.device_put(tokens, self.device))
+
     def prepare(self, capacity: int, soon: int, top: bool) -> None:
         """Compile beside what goes on what decoding needs at `capacity`, and when it has grown to `soon`."""
         if (capacity, soon, top) in self._prepared:

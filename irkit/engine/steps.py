@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from irkit import kernels
-from irkit.transformer.decoder import Params, forward
+from irkit.transformer.decoder import Params, forward, rotary, rotate
 from irkit.transformer.sampling import Sampled, Settings, sample
 from irkit.transformer.taps import Capture, Operands, Spec
 
@@ -156,6 +156,23 @@ def pool(
     total = jnp.sum(jnp.where((index < count[:, None])[..., None], hidden, 0), axis=1)
     last = jnp.sum(jnp.where((index == count[:, None] - 1)[..., None], hidden, 0), axis=1)
     return cache, total, last
+
+
+def moved(
+    keys: Float[Array, "b k c h"],
+    values: Float[Array, "b k c h"],
+    inv_freq: Float[Array, " r"],
+    origin: Int[Array, " c"],
+) -> tuple[Float[Array, "b k c h"], Float[Array, "b k c h"]]:
+    """A layer's keys and values with those of position `origin[i]` at `i`; keys are turned as if they had been read
+    there.
+
+    Rotations add up (RoPE, arXiv:2104.09864): a key moved by n positions is rotated by n times each frequency.
+    """
+    taken = jnp.take(keys, origin, axis=2, mode="clip").astype(jnp.float32)
+    by = jnp.arange(len(origin), dtype=jnp.int32) - origin
+    turned = rotate(jnp.swapaxes(taken, 1, 2), *rotary(by[None], inv_freq))
+    return jnp.swapaxes(turned, 1, 2).astype(keys.dtype), jnp.take(values, origin, axis=2, mode="clip")
 
 
 def positions(tokens: Int[Array, "b t"], start: Int[Array, " b"]) -> Int[Array, "b t"]:
