@@ -66,7 +66,7 @@ def ask(client: httpx.Client, path: str, **body: Any) -> Any:
     return reply.json()["result"] if "result" in reply.json() else reply.json()
 
 
-def refused(client: httpx.Client, path: str, status: int = 400, **body: Any) -> str:
+def refused(client: httpx.Client, path: str, status: Any = 400, **body: Any) -> str:
     reply = client.post(path, json={"model": "tiny", **body})
     assert reply.status_code == status, reply.text
     return reply.json()["error"]
