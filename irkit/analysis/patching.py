@@ -78,7 +78,8 @@ class PatchingSweep:
         """A pandas DataFrame, a row for each layer."""
         import pandas as pd
 
-        names = list(self.columns) if self.over == "head" else [f"{c} {t}" for c, t in zip(self.columns, self.labels)]
+        pairs = zip(self.columns, self.labels, strict=True)
+        names = list(self.columns) if self.over == "head" else [f"{column} {text}" for column, text in pairs]
         return pd.DataFrame(
             self.values, index=pd.Index(self.layers, name="layer"), columns=pd.Index(names, name=self.over)
         )
@@ -234,7 +235,8 @@ def named_or_likeliest(
         likeliest = logits().argmax(-1)
         given = [int(most) if each is None else each for each, most in zip(given, likeliest, strict=True)]
     first, second = given
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     if first == second and (token is None or other is None):
         likely = session.model.tokenizer.token(first)
         raise OptionError(f"token and other are both {likely!r}, the likeliest: give the two tokens to compare")

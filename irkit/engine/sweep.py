@@ -99,7 +99,7 @@ def sweep(
     tables: dict[int, Any] = {}
     for group in _groups(cells, entries, common):
         first, beyond = entries[group[0]], entries[group[-1]] + 1
-        tables = {i: tables.get(i, None) for i in range(first, beyond)}
+        tables = {i: tables.get(i) for i in range(first, beyond)}
         tables = {i: _table(runtime, common, point, i) if held is None else held for i, held in tables.items()}
         packing = _pack([cells[i] for i in group], [entries[i] for i in group], common)
         resid: Any = np.zeros((1, len(packing.position), runtime.config.d_model), np.float32)

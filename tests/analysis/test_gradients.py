@@ -29,7 +29,7 @@ def along(session: irkit.Session, name: str, layer: int | None, direction: np.nd
             ends.append(logits[7] - logits[11])
         return (ends[0] - ends[1]) / (2 * step)
 
-    return (4 * central(0.01) - central(0.02)) / 3
+    return (4 * central(0.04) - central(0.08)) / 3
 
 
 @pytest.mark.parametrize(
