@@ -146,6 +146,8 @@ def patching_sweep(
         for each in chosen
         for column in columns
     ]
+    # All heads' z at one position are what attention adds there.
+    at = "hook_attn_out" if over == "position" and point.name == "attn.hook_z" else point.name
     loading = session.model.load()
 
     def job() -> tuple[np.ndarray, np.ndarray, tuple[int, int], int]:
@@ -160,10 +162,10 @@ def patching_sweep(
 
         ends = measure(common.last())
         same = next((i for i, two in enumerate(zip(*ids, strict=True)) if two[0] != two[1]), len(ids[0]))
-        differing = [i for i, cell in enumerate(cells) if not sweep.is_corrupt(common, point.name, cell, same)]
+        differing = [i for i, cell in enumerate(cells) if not sweep.is_corrupt(common, at, cell, same)]
         runs = [cells[i]._replace(positions=tuple(p for p in cells[i].positions if p >= same)) for i in differing]
         found = np.full(len(cells), ends[1], np.float32)
-        found[differing] = sweep.sweep(runtime, common, point.name, runs, measure)
+        found[differing] = sweep.sweep(runtime, common, at, runs, measure)
         return found, ends, pair, len(runs)
 
     found, ends, pair, computed = session.model.submit(job).result()
