@@ -16,23 +16,31 @@ if TYPE_CHECKING:
         logit_attrs,
         stack_head_results,
     )
+    from irkit.analysis.gradients import AttributionPatching, Saliency, attribution_patching, saliency
     from irkit.analysis.heads import HeadScores, attention_rollout, head_scores, pattern_scores
     from irkit.analysis.lens import LogitLens, logit_lens, next_token_probs
+    from irkit.analysis.patching import PatchingSweep, patching_sweep
 
 __all__ = [
+    "AttributionPatching",
     "HeadScores",
     "LogitAttribution",
     "LogitLens",
+    "PatchingSweep",
+    "Saliency",
     "accumulated_resid",
     "apply_ln_to_stack",
     "attention_rollout",
+    "attribution_patching",
     "decompose_resid",
     "head_scores",
     "logit_attribution",
     "logit_attrs",
     "logit_lens",
     "next_token_probs",
+    "patching_sweep",
     "pattern_scores",
+    "saliency",
     "stack_head_results",
 ]
 
@@ -47,8 +55,10 @@ _WHERE = {
         "logit_attrs",
         "stack_head_results",
     ),
+    "gradients": ("AttributionPatching", "Saliency", "attribution_patching", "saliency"),
     "heads": ("HeadScores", "attention_rollout", "head_scores", "pattern_scores"),
     "lens": ("LogitLens", "logit_lens", "next_token_probs"),
+    "patching": ("PatchingSweep", "patching_sweep"),
 }
 _LAZY = {name: f"irkit.analysis.{module}" for module, names in _WHERE.items() for name in names}
 

@@ -185,11 +185,15 @@ def layer(
         out = affine(z.reshape(*z.shape[:2], -1), block, "o")
     attn_out = tap("hook_attn_out", out)
     resid = tap("hook_resid_mid", resid + attn_out)
+    return resid + mlp(block, resid, config, tap), cached
+
+
+def mlp(block: Params, resid: Float[Array, "b t d"], config: Config, tap: Taps) -> Float[Array, "b t d"]:
+    """What the block's MLP adds to the stream, behind its norm."""
     normed = rms_norm(resid, block["ln2"], config.eps, tap, "ln2")
     gate = tap("mlp.hook_pre", affine(normed, block, "gate"))
     up = tap("mlp.hook_pre_linear", affine(normed, block, "up"))
-    mlp_out = tap("hook_mlp_out", affine(tap("mlp.hook_post", silu(gate) * up), block, "down"))
-    return resid + mlp_out, cached
+    return tap("hook_mlp_out", affine(tap("mlp.hook_post", silu(gate) * up), block, "down"))
 
 
 def pattern(

@@ -1,0 +1,153 @@
+"""Many patched runs at once: the parts of the forward pass of runs that differ from a common one in a single value.
+
+A run that is patched in one layer computes nothing before that layer, and nothing at positions before the patched one:
+there it is the common run, whose keys and values it sees. What is left of many such runs is packed into one list of
+tokens, for which the matrices are multiplied once.
+
+Letters as in `irkit.transformer.decoder`, and n packed tokens, r runs, t positions of the common run, a alternatives.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from irkit import kernels
+from irkit.transformer.config import Config
+from irkit.transformer.decoder import Params, affine, heads, layer, mlp, rms_norm, rotary, rotate
+from irkit.transformer.taps import Taps, named
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+KEPT = ("attn.hook_rot_k", "attn.hook_v", "attn.hook_z", "hook_attn_out", "hook_mlp_out")
+"""What `common_layer` shows of the common run."""
+
+
+class Packing(NamedTuple):
+    """Where the tokens of the runs stand: indices, so that other runs need no other program."""
+
+    position: Int[Array, " n"]
+    entry: Int[Array, " n"]
+    """The layer at which the token's run begins to differ."""
+    source: Int[Array, " n"]
+    """Where `table` holds what the token's stream then is."""
+    seen: Int[Array, "r t"]
+    """For each position of each run where its key is: among those of the common run, or behind them the packed."""
+    query: Int[Array, "r t"]
+    """The packed token at that position; any, where the run has none."""
+    place: Int[Array, " n"]
+    """The token's place among those of all runs, r times t."""
+    last: Int[Array, " r"]
+    """The packed token that is the run's last."""
+
+
+def embed(matrix: Any, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """The stream that enters the first layer."""
+    return kernels.of(matrix).take(matrix, tokens)
+
+
+def common_layer(
+    block: Params, resid: Float[Array, "b t d"], inv_freq: Float[Array, " f"], *, config: Config
+) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    """The stream that leaves the layer, and what stands at the hook points `KEPT`, of texts read from their start."""
+    b, t, _ = resid.shape
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+    tap = Taps(named([f"blocks.0.{point}" for point in KEPT]))
+    tap.layer(0)
+    empty = jnp.zeros((b, config.n_kv_heads, t, config.d_head), jnp.float32)
+    resid, _ = layer(block, resid, (empty, empty), positions, rotary(positions, inv_freq), config, tap)
+    return resid, {name.removeprefix("blocks.0."): value for name, value in tap.captures.items()}
+
+
+def with_heads(
+    weight: Any, bias: Array | None, resid: Float[Array, "t d"], z: Float[Array, "t H h"], other: Float[Array, "t H h"]
+) -> Float[Array, "H t d"]:
+    """The stream between attention and MLP where one head's `z` is the `other`, for each head."""
+    chosen = jnp.eye(z.shape[1], dtype=bool)[:, None, :, None]
+    mixed = jnp.where(chosen, other, z).reshape(z.shape[1], z.shape[0], -1)
+    return resid + affine(mixed, {"o": weight, "o_bias": bias}, "o")
+
+
+def patched_layer(
+    block: Params,
+    resid: Float[Array, "1 n d"],
+    common: tuple[Float[Array, "t k h"], Float[Array, "t k h"]],
+    table: Float[Array, "a*t d"],
+    index: Int[Array, ""],
+    packing: Packing,
+    inv_freq: Float[Array, " f"],
+    *,
+    config: Config,
+    enter: Literal["pre", "mid"],
+    last: bool,
+) -> Float[Array, "1 n d"]:
+    """The layer's output for the packed tokens, of which `last` keeps only the last of each run, `[1, r, d]`.
+
+    Args:
+        block: The layer's parameters.
+        resid: What enters it, of the runs that differ already.
+        common: The layer's rotated keys, and values, of the common run.
+        table: The streams with which runs begin: `t` of the common run, and as many for each of the alternatives.
+        index: The layer's number: runs with this `entry` begin here.
+        packing: Where the tokens stand.
+        inv_freq: The rotation's frequencies.
+        config: The model's shape.
+        enter: Whether runs begin at the layer's start or between attention and MLP.
+        last: Nothing but the last token's stream is wanted after the model's last layer; keys and values of all are.
+    """
+
+    def entering(resid: Array, entry: Array, source: Array) -> Array:
+        return jnp.where((entry == index)[:, None], table[source], resid)
+
+    entry, source, tap = packing.entry, packing.source, Taps()
+    if enter == "pre":
+        resid = entering(resid, entry, source)
+    rotation = rotary(packing.position[None], inv_freq)
+    normed = rms_norm(resid, block["ln1"], config.eps, tap, "ln1")
+    k = rotate(heads(affine(normed, block, "k"), config.n_kv_heads), *rotation)
+    v = heads(affine(normed, block, "v"), config.n_kv_heads)
+    seen = [
+        jnp.swapaxes(jnp.concatenate([held, new[0]])[packing.seen], 1, 2)
+        for held, new in zip(common, (k, v), strict=True)
+    ]
+    r, t = packing.seen.shape
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (r, t))
+    query, place = packing.query, packing.place
+    if last:
+        # From here on, a run is its last token.
+        chosen = packing.last
+        resid, normed, entry, source = resid[:, chosen], normed[:, chosen], entry[chosen], source[chosen]
+        rotation = rotation[0][:, chosen], rotation[1][:, chosen]
+        query = place = jnp.arange(r)[:, None]
+        positions, place = packing.position[chosen][:, None], place[:, 0]
+    q = rotate(heads(affine(normed, block, "q"), config.n_heads), *rotation)
+    z = kernels.of(block["o"]).attention(q[0][query], *seen, positions, config.attention_scale)
+    resid = resid + affine(z.reshape(-1, z.shape[2] * z.shape[3])[place][None], block, "o")
+    if enter == "mid":
+        resid = entering(resid, entry, source)
+    return resid + mlp(block, resid, config, tap)
+
+
+def difference(
+    ln_final: Float[Array, " d"],
+    unembed: Any,
+    resid: Float[Array, "1 r d"],
+    tokens: Int[Array, "1 2"],
+    *,
+    config: Config,
+) -> Float[Array, " r"]:
+    """How much larger the first token's logit is than the second's: two rows of the unembedding are enough."""
+    normed = rms_norm(resid, ln_final, config.eps, Taps(), "ln_final")
+    rows = kernels.of(unembed).take(unembed, tokens)[0]
+    return jnp.sum(normed[0] * (rows[0] - rows[1]), axis=-1)
+
+
+def logits(
+    ln_final: Float[Array, " d"], unembed: Any, resid: Float[Array, "1 r d"], *, config: Config
+) -> Float[Array, "r v"]:
+    """The logits of every run."""
+    normed = rms_norm(resid, ln_final, config.eps, Taps(), "ln_final")
+    return kernels.of(unembed).linear(normed, unembed)[0]
