@@ -38,8 +38,8 @@ AT_ONCE = 4
 _SMALL_BYTES = 400e6
 """Weights up to which that is so: four tokens of such a model come within a tenth of a second."""
 
-_MOST_CALLED = 16
-"""Programs kept of those that hold functions of the user's."""
+_MOST_TAPPED = 32
+"""Programs held in memory of those that capture or edit."""
 _NOTHING, _NO_SPEC, _NO_OPERANDS = Tapping(), Spec(), Operands()
 
 # Half precision where the backend multiplies fastest in it.
@@ -80,7 +80,7 @@ class Runtime:
         self._any_settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)
         self._programs: dict[tuple[Any, ...], Future[Program]] = {}
         self._shapes_traced: dict[tuple[Any, ...], Any] = {}
-        self._calling: list[tuple[Any, ...]] = []
+        self._tapped: list[tuple[Any, ...]] = []
         self._compiling = threading.Lock()
         plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
         self._shapes = jax.tree.map(self._shape, plans)
@@ -346,11 +346,11 @@ class Runtime:
             program = self._programs.setdefault(key, Future())
         if mine:
             try:
-                calls = "spec" in static and static["spec"].calls
-                how = {"device": device or self.device, "donate": donate, "keep": not calls}
+                spec = static.get("spec", _NO_SPEC)
+                how = {"device": device or self.device, "donate": donate, "keep": not spec.calls}
                 program.set_result(load_or_compile(function, arguments(), **how, **static))
-                if calls:
-                    self._forget_all_but(_MOST_CALLED, key)
+                if spec:
+                    self._forget_all_but(_MOST_TAPPED, key)
             except BaseException as error:
                 with self._compiling:
                     del self._programs[key]  # the next call tries again
@@ -358,11 +358,11 @@ class Runtime:
         return program.result()
 
     def _forget_all_but(self, most: int, newest: tuple[Any, ...]) -> None:
-        """Let go of the oldest programs that hold functions, which are made anew and never asked for again."""
+        """Let go of the oldest programs that capture or edit: there is no end to what can be asked."""
         with self._compiling:
-            self._calling.append(newest)
-            while len(self._calling) > most:
-                self._programs.pop(self._calling.pop(0), None)
+            self._tapped.append(newest)
+            while len(self._tapped) > most:
+                self._programs.pop(self._tapped.pop(0), None)
 
 
 def _one(value: int) -> np.ndarray:

@@ -74,3 +74,9 @@ def pattern(
     scores = tap("attn.hook_attn_scores", scores)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     return tap("attn.hook_pattern", weights / jnp.sum(weights, axis=-1, keepdims=True))
+
+
+def top_k(x: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """The `k` largest of each row and their places, largest first, equal ones in the order of their places."""
+    values, ids = lax.top_k(x, k)
+    return values, ids

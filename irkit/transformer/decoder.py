@@ -129,8 +129,7 @@ def lenses(params: Params, config: Config, spec: Spec, captures: dict[str, Any])
         streams = [captures[name] for name in mine]
         rows = jnp.concatenate([stream.reshape(-1, 1, config.d_model) for stream in streams])
         logits = to_logits(params, rows.reshape(1, -1, config.d_model), config, Taps())[0]
-        largest = cpu.top_k if kernels.of(params["embed"]) is cpu else lax.top_k
-        values, ids = largest(logits, min(capture.k, logits.shape[-1]))
+        values, ids = kernels.of(params["embed"]).top_k(logits, min(capture.k, logits.shape[-1]))
         values = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         done = 0
         for name, stream in zip(mine, streams, strict=True):

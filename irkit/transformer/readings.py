@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -47,7 +48,7 @@ def lens(
     logits = to_logits(params, streams.reshape(1, n * layers, -1), config, Taps())[0]
     its = kernels.of(params["embed"])
     k = min(k, logits.shape[-1])
-    normalizer = its.logsumexp(logits)
+    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     values, likeliest = its.top_k(logits, k)
     ids = likeliest.reshape(n, layers, k)
     logprobs = (logits - normalizer).reshape(n, layers, -1)

@@ -98,7 +98,7 @@ def sample(
     if not top:
         none = (*logits.shape[:1], 0)
         return Sampled(token, logprob, (jnp.zeros(none, jnp.int32), jnp.zeros(none)))
-    values, ids = cpu.top_k(logits, top) if kernels is cpu else lax.top_k(logits, top)
+    values, ids = kernels.top_k(logits, top)
     return Sampled(token, logprob, (ids, values - normalizer[:, None]))
 
 
