@@ -15,11 +15,12 @@ import typer
 
 import irkit
 from irkit import hub
+from irkit.as_json import as_json
 from irkit.cli.terminal import ctrl_c_raises, is_terminal, printable, progress_bar, say
 from irkit.cli.words import convert, declare, label
 from irkit.errors import OptionError
 from irkit.options import BenchOptions, ServeOptions, parse
-from irkit.results import Generation, Lens, as_json
+from irkit.results import Generation, Lens
 from irkit.session import Session
 from irkit.trace import Trace, size
 from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, option_parameters, verbs

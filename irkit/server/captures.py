@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from irkit.as_json import as_json
 from irkit.errors import BudgetError, OptionError
 from irkit.options import CaptureOptions, parse
-from irkit.results import as_json
 from irkit.session import Session
 from irkit.trace import Trace, size
 

@@ -20,9 +20,10 @@ from pydantic import ConfigDict, Field, model_validator
 
 import irkit
 from irkit import hub
+from irkit.as_json import as_json
 from irkit.errors import IrkitError, OptionError
 from irkit.options import Captures, Edits, EmbedOptions, GenerateOptions, LoadOptions, Options, parse
-from irkit.results import Generation, Token, as_json
+from irkit.results import Generation, Token
 from irkit.server.captures import Format, bounded, sent
 from irkit.server.requests import body_of, read
 from irkit.server.sessions import Sessions, known

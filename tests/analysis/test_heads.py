@@ -8,9 +8,9 @@ import pytest
 
 import irkit
 from irkit import analysis
+from irkit.as_json import as_json
 from irkit.engine import trace
 from irkit.errors import ContextFullError, OptionError
-from irkit.results import as_json
 
 
 def repeated(rows: int, length: int) -> list[list[int]]:

@@ -8,8 +8,8 @@ import pytest
 
 import irkit
 from irkit import analysis, families
+from irkit.as_json import as_json
 from irkit.errors import OptionError
-from irkit.results import as_json
 
 TEXT = "hello there, tiny model"
 
