@@ -47,7 +47,8 @@ class Peers:
 
     def ask(self, **request: Any) -> float | None:
         """The seconds that the request took, or None where the engine is not there."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
         reply = self._process.stdout.readline()
         if not reply:
@@ -130,9 +131,9 @@ def sweeping(sessions: dict[str, irkit.Session], rounds: int) -> None:
         # The names then differ too, and so does every position from the first: nothing is left out.
         clean[0] = session.tokenize("Later")[0]
         cells = session.model.config.n_layers * len(clean)
-        pick = random.Random(2)
 
         def singly(session: irkit.Session, clean: list[int], corrupt: list[int], cells: int) -> float:
+            pick = random.Random(2)
             kept = session.trace(clean, names="resid_pre", logits="none")
 
             def cell() -> None:

@@ -17,8 +17,8 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 sys.path.insert(0, str(Path(__file__).parent.parent / "reference"))
 
-import torch  # noqa: E402
-from make_reference import hugging_face_model  # noqa: E402  # pyright: ignore[reportMissingImports]
+import torch
+from make_reference import hugging_face_model  # pyright: ignore[reportMissingImports]
 
 PATH = Path(sys.argv[1])
 
