@@ -43,6 +43,7 @@ def load_or_compile(
     device: Device,
     donate: int | None = None,
     keep: bool = True,
+    repack: bool = False,
     **static: Any,
 ) -> Program:
     """`partial(function, **static)`, compiled for `device` and arguments of these shapes.
@@ -53,15 +54,16 @@ def load_or_compile(
         device: Where it runs.
         donate: The index of the argument whose buffers the result takes over.
         keep: Whether to keep it on disk; not where `static` holds what only this process knows.
+        repack: Whether XLA may lay out all weights anew at the first call, for faster ones later; on the CPU.
         static: Keyword arguments fixed when compiling; their repr must tell them apart.
     """
     leaves, tree = jax.tree.flatten(arguments)
     shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
-    what = repr((function.__module__, function.__qualname__, static, donate, tree, shapes))
+    what = repr((function.__module__, function.__qualname__, static, donate, tree, shapes, repack))
     path = hub.home() / "programs" / hashlib.sha256((_surroundings(device) + what).encode()).hexdigest()
     if not keep:
-        return _compiled(function, arguments, device, donate, static)
-    return _load(path, device) or _compile(path, function, arguments, device, donate, static)
+        return _compiled(function, arguments, device, donate, repack, static)
+    return _load(path, device) or _compile(path, function, arguments, device, donate, repack, static)
 
 
 def _compile(
@@ -70,9 +72,10 @@ def _compile(
     arguments: Sequence[Any],
     device: Device,
     donate: int | None,
+    repack: bool,
     static: dict[str, Any],
 ) -> Program:
-    program = _compiled(function, arguments, device, donate, static)
+    program = _compiled(function, arguments, device, donate, repack, static)
     try:
         _write(path, pickle.dumps(serialize_executable.serialize(program)))
     except Exception as error:  # a backend that cannot serialize, a full disk: only speed is lost
@@ -85,6 +88,7 @@ def _compiled(
     arguments: Sequence[Any],
     device: Device,
     donate: int | None,
+    repack: bool,
     static: dict[str, Any],
 ) -> Any:
     # jax-metal and jax-mps do not implement donation, and say so at every call.
@@ -92,7 +96,7 @@ def _compiled(
     with jax.default_device(device):
         lowered = jax.jit(partial(function, **static), donate_argnums=donated).lower(*arguments)
     try:
-        return lowered.compile(_COMPILER_OPTIONS if device.platform == "cpu" else None)
+        return lowered.compile(_COMPILER_OPTIONS if device.platform == "cpu" and not repack else None)
     except jax.errors.JaxRuntimeError:  # an older jax, which does not know the option
         return lowered.compile()
 

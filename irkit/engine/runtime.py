@@ -347,7 +347,9 @@ class Runtime:
         if mine:
             try:
                 spec = static.get("spec", _NO_SPEC)
-                how = {"device": device or self.device, "donate": donate, "keep": not spec.calls}
+                # A trace reads whole prompts, and no answer's first token waits for it.
+                repack = function is steps.trace and not self.packed
+                how = {"device": device or self.device, "donate": donate, "keep": not spec.calls, "repack": repack}
                 program.set_result(load_or_compile(function, arguments(), **how, **static))
                 if spec:
                     self._forget_all_but(_MOST_TAPPED, key)
