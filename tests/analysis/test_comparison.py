@@ -124,7 +124,7 @@ def test_as_text_table_and_figure(opened: Open) -> None:
     frame = found.to_frame()
     assert list(frame.index) == [0, 1]
     np.testing.assert_array_equal(frame["drift"], found.drift.mean(1))
-    assert frame["largest_drift"][1] == found.drift[1, frame["head"][1]]
+    np.testing.assert_array_equal(frame["largest_drift"], found.drift[[0, 1], frame["head"]])
     drawn = [axes.lines[0].get_ydata() for axes in found.plot().axes]
     for shown, values in zip(drawn, (found.kl, found.cosine, found.drift.mean(1)), strict=True):
         np.testing.assert_array_equal(shown, values)
