@@ -9,6 +9,7 @@ from irkit.errors import IrkitError
 from irkit.trace import Trace
 
 if TYPE_CHECKING:
+    from irkit.analysis.comparison import compare
     from irkit.session import Session
     from irkit.tracefile import load_trace
     from irkit.transformer.sampling import sampling_distribution
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "ablate",
     "call",
+    "compare",
     "errors",
     "gguf",
     "load_trace",
@@ -35,6 +37,7 @@ __all__ = [
 # What needs jax or pydantic is imported when it is first asked for, so that `import irkit` stays quick.
 _LAZY = {
     "Session": "irkit.session",
+    "compare": "irkit.analysis.comparison",
     "load_trace": "irkit.tracefile",
     "sampling_distribution": "irkit.transformer.sampling",
 }

@@ -125,11 +125,11 @@ def saliency(result: Any) -> Figure:
 
 def compare(result: Any) -> Figure:
     """How far two models are from each other, layer by layer: KL divergence of the lens, cosine of the residual
-    streams, drift of attention."""
+    streams, drift of attention, the mean over heads."""
     panels = {
         "KL divergence, nats": result.kl,
         "cosine of the residual streams": result.cosine,
-        "drift of attention": result.drift,
+        "drift of attention": np.reshape(result.drift, (len(result.kl), -1)).mean(axis=1),
     }
     figure = Figure(figsize=(7, 6), layout="constrained", facecolor=GROUND)
     every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]

@@ -21,6 +21,7 @@ def test_public_names() -> None:
         "__version__",
         "ablate",
         "call",
+        "compare",
         "errors",
         "gguf",
         "load_trace",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         logit_attrs,
         stack_head_results,
     )
+    from irkit.analysis.comparison import Comparison, Disagreement, compare
     from irkit.analysis.gradients import AttributionPatching, Saliency, attribution_patching, saliency
     from irkit.analysis.heads import HeadScores, attention_rollout, head_scores, pattern_scores
     from irkit.analysis.lens import LogitLens, logit_lens, next_token_probs
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttributionPatching",
+    "Comparison",
+    "Disagreement",
     "HeadScores",
     "LogitAttribution",
     "LogitLens",
@@ -32,6 +35,7 @@ __all__ = [
     "apply_ln_to_stack",
     "attention_rollout",
     "attribution_patching",
+    "compare",
     "decompose_resid",
     "head_scores",
     "logit_attribution",
@@ -55,6 +59,7 @@ _WHERE = {
         "logit_attrs",
         "stack_head_results",
     ),
+    "comparison": ("Comparison", "Disagreement", "compare"),
     "gradients": ("AttributionPatching", "Saliency", "attribution_patching", "saliency"),
     "heads": ("HeadScores", "attention_rollout", "head_scores", "pattern_scores"),
     "lens": ("LogitLens", "logit_lens", "next_token_probs"),

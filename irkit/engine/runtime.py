@@ -281,6 +281,17 @@ class Runtime:
         program = self._program(readings.lens, shapes, lambda: (self._shapes, streams, tokens), config=self.config, k=k)
         return self._call(program, streams, tokens)
 
+    def lens_logprobs(self, streams: np.ndarray) -> jax.Array:
+        """What the logit lens reads in `streams` `[n, d_model]`: the log-probability of every token, `[n, d_vocab]`."""
+        arguments = partial(tuple, (self._shapes, streams))
+        program = self._program(readings.lens_logprobs, (streams.shape,), arguments, config=self.config)
+        return self._call(program, streams)
+
+    def divergence(self, first: jax.Array, second: jax.Array) -> readings.Divergence:
+        """How far log-probabilities `[n, d_vocab]` are from those of another model, wherever it computes."""
+        both = first, jax.device_put(second, self.device)
+        return self._program(readings.divergence, (first.shape,), lambda: both)(*both)
+
     def pattern_sums(
         self,
         cache: KVCache,

@@ -83,3 +83,27 @@ def pattern_sums(
     patterns = [captures[f"blocks.{layer}.attn.hook_pattern"] for layer in range(config.n_layers)]
     sums = [jnp.einsum("bhtc,wtc->wh", pattern, weights, precision=lax.Precision.HIGHEST) for pattern in patterns]
     return cache, jnp.stack(sums, axis=1)
+
+
+class Divergence(NamedTuple):
+    """How far the distributions of one model are from those of another, row by row."""
+
+    kl: Float[Array, " n"]
+    """From the first to the second, in nats."""
+    ids: Int[Array, "n 2"]
+    """The likeliest token of each of the two."""
+    logprobs: Float[Array, "n 2"]
+    """Its log-probability there."""
+
+
+def lens_logprobs(params: Params, streams: Float[Array, "n d"], *, config: Config) -> Float[Array, "n v"]:
+    """The log-probability of every next token, if each stream were the one that leaves the last layer."""
+    logits = to_logits(params, streams[None], config, Taps())[0]
+    return logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def divergence(first: Float[Array, "n v"], second: Float[Array, "n v"]) -> Divergence:
+    """Compare log-probabilities: the sum of p ln(p/q), and the likeliest tokens."""
+    kl = jnp.sum(jnp.exp(first) * (first - second), axis=-1)
+    both = jnp.stack([first, second], axis=1)
+    return Divergence(jnp.maximum(kl, 0), jnp.argmax(both, axis=-1), jnp.max(both, axis=-1))
