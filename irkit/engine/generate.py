@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from irkit.transformer.sampling import Sampled, Settings
 
 
-Shower = Callable[[dict[str, Any], int], Any]
-"""From what was captured in one pass, and the tokens that the cache then held, to what a token carries."""
+Shower = Callable[[dict[str, Any], int, int | None], Any]
+"""From what a call captured, the tokens that the cache then held, and the pass of several, to what a token carries."""
 
 
 def generate(
@@ -81,7 +81,7 @@ def generate(
             writer.reason = "cancelled"
         elif options.num_predict == 0:
             writer.reason = "length"
-        for drawn in one_by_one(sampled):
+        for step, drawn in enumerate(one_by_one(sampled)):
             if writer.reason:
                 break
             if several:
@@ -91,7 +91,7 @@ def generate(
             last = time.perf_counter()
             first = last if writer.count == 1 else first
             likeliest = alternatives(tokenizer, *drawn.top, options.top_logprobs)
-            shown = show(captures, len(cache.ids)) if captures else None
+            shown = show(captures, len(cache.ids), step if several else None) if captures else None
             generation._put(Token(token, text, float(drawn.logprob[0]), likeliest, last - asked, shown))
             new = [token]
     stats = Stats(

@@ -192,10 +192,7 @@ class Runtime:
     def decode(
         self, cache: KVCache, token: int, start: int, settings: Settings, top: bool, tapping: Tapping = _NOTHING
     ) -> tuple[KVCache, Sampled, dict[str, Any]]:
-        """Read `token`, which stands at `start`, and draw the next tokens: the first axis of what is returned.
-
-        There are `at_once` of them, or one where something is captured.
-        """
+        """Read `token`, which stands at `start`, and draw the next `at_once` tokens: the first axis of what comes back."""
         operands = tapping.operands(cache.capacity, start, 1)
         program = self._decoder(cache.capacity, top, tapping.spec, operands)
         return self._call(program, cache, np.array([[token]], np.int32), _one(start), settings, operands)
@@ -207,7 +204,7 @@ class Runtime:
         spec: Spec = _NO_SPEC,
         operands: Operands = _NO_OPERANDS,
     ) -> Program:
-        static = {"top": steps.TOP if top else 0, "steps": 1 if spec.captures else self.at_once}
+        static = {"top": steps.TOP if top else 0, "steps": self.at_once}
         return self._text_program(steps.decode, 1, capacity, self._any_settings, operands, spec=spec, **static)
 
     def _reader(

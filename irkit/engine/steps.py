@@ -79,10 +79,7 @@ def decode(
     top: int,
     steps: int,
 ) -> tuple[KVCache, Sampled, dict[str, Any]]:
-    """`steps` tokens, each drawn and then read in turn: they are the first axis of what was drawn.
-
-    Where something is captured there is one step, and what was captured has no such axis.
-    """
+    """`steps` tokens, each drawn and then read in turn: they are the first axis of what was drawn and captured."""
 
     def step(state: tuple[KVCache, Array, Array], _: None) -> tuple[tuple[KVCache, Array, Array], Any]:
         cache, tokens, start = state
@@ -92,7 +89,7 @@ def decode(
         return (cache, sampled.token[:, None], start + 1), (sampled, captures)
 
     (cache, *_), (drawn, captures) = lax.scan(step, (cache, tokens, start), None, length=steps)
-    return cache, drawn, jax.tree.map(lambda kept: kept[0], captures)
+    return cache, drawn, captures
 
 
 def trace(

@@ -38,6 +38,8 @@ class Call:
     size: int
     captures: Mapping[str, Any]
     logits: Any
+    step: int | None = None
+    """Of several passes in one call, the one that is meant: the first axis of what was captured."""
 
 
 def whole(
@@ -108,7 +110,7 @@ def check(
 
 def shower(
     model: Model, tapping: Tapping, ids: list[int], cache: Cache, options: CaptureOptions | None
-) -> Callable[[dict[str, Any], int], Trace]:
+) -> Callable[[dict[str, Any], int, int | None], Trace]:
     """Turns what each pass of an answer captured into the `Trace` that its token carries, of one position.
 
     Together they hold no more than the budget: the oldest are let go, and say so when they are read.
@@ -120,14 +122,16 @@ def shower(
     held: deque[Trace] = deque()
     total = 0
 
-    def show(captures: dict[str, Any], length: int) -> Trace:
+    def show(captures: dict[str, Any], length: int, step: int | None) -> Trace:
         nonlocal total
-        call = Call(length - 1, np.ones(1, np.int32), 1, captures, None)
+        call = Call(length - 1, np.ones(1, np.int32), 1, captures, None, step)
         found = values([call], tapping)
         token = cache.ids[-1]
         where = replace(source, positions=(length - 1,))
-        text = model.tokenizer.token(token)
-        made = Trace([[token]], [[text]], found, lambda: None, where, model.config.n_layers, nbytes(captures))
+        text, taken = model.tokenizer.token(token), nbytes(captures)
+        if step is not None:
+            taken //= len(jax.tree.leaves(captures)[0])
+        made = Trace([[token]], [[text]], found, lambda: None, where, model.config.n_layers, taken)
         if made.nbytes > budget:
             raise BudgetError(
                 f"what one token captures takes {human(made.nbytes)}, the budget is {human(budget)} (option budget)"
@@ -208,8 +212,8 @@ def _joined(
         for call in calls:
             part = call.captures[key]
             leaves = part if isinstance(part, tuple | list) else (part,)
-            arrays = [np.asarray(leaf if slot is None else leaf[slot]) for leaf in leaves]
-            parts.append(arrays)
+            at = tuple(index for index in (call.step, slot) if index is not None)
+            parts.append([np.asarray(leaf)[at] for leaf in leaves])
         joined = [join(calls, list(each), capture, tapping.positions) for each in zip(*parts, strict=True)]
         return Largest(*joined) if len(joined) == 2 else joined[0]
 

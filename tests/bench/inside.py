@@ -125,7 +125,7 @@ def decoding(session: irkit.Session, peers: Peers | None, rounds: int) -> None:
 
 
 def sweeping(sessions: dict[str, irkit.Session], rounds: int) -> None:
-    """resid_pre patched at every layer and position of the prompts' last 24 tokens, together and cell by cell."""
+    """resid_pre patched at every layer and position of the prompts' last tokens, together and cell by cell."""
     for precision, session in sessions.items():
         clean, corrupt = (session.tokenize(text)[-24:] for text in (CLEAN, CORRUPT))
         # The names then differ too, and so does every position from the first: nothing is left out.
