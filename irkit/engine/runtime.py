@@ -192,7 +192,7 @@ class Runtime:
     def decode(
         self, cache: KVCache, token: int, start: int, settings: Settings, top: bool, tapping: Tapping = _NOTHING
     ) -> tuple[KVCache, Sampled, dict[str, Any]]:
-        """Read `token`, which stands at `start`, and draw the next `at_once` tokens: the first axis of what comes back."""
+        """Read `token`, which stands at `start`, and draw the next `at_once` tokens: the first axis of the results."""
         operands = tapping.operands(cache.capacity, start, 1)
         program = self._decoder(cache.capacity, top, tapping.spec, operands)
         return self._call(program, cache, np.array([[token]], np.int32), _one(start), settings, operands)
