@@ -20,7 +20,7 @@ from irkit.engine import steps
 from irkit.transformer import cache as kv
 from irkit.transformer.config import Config
 from irkit.transformer.decoder import forward
-from irkit.transformer.taps import Operands, Spec, hook_names
+from irkit.transformer.taps import Capture, Edit, EditOperand, Operands, Spec, hook_names
 
 # Left out, though the pass names them: while, case, if, sort, scatter and select_and_scatter, which crash or
 # give wrong results in one use or another. Not named by it: logistic, cbrt, popcnt, chlo.square, composite,
@@ -148,6 +148,38 @@ def test_the_forward_pass_keeps_the_contract(t: int, last: bool, spec: tuple, dt
     )
     found = [operation.name for operation in operations(module.operation)]
     assert found.count("stablehlo.dot_general") >= CONFIG.n_layers * 9 + 1  # the whole pass has been walked
+    assert violations(module) == []
+
+
+@pytest.mark.parametrize("platform", ["METAL", "mps"])
+@pytest.mark.parametrize("t", [1, 16], ids=["decode", "prefill"])
+def test_captures_by_slot_and_edits_keep_the_contract(t: int, platform: str) -> None:
+    b, c = 2, CONFIG
+    reducers: list[Any] = ["none", "last", "mean", "norm"]
+    points = ["attn.hook_pattern", "hook_resid_post", "mlp.hook_post", "attn.hook_z"]
+    captures = [
+        Capture(point, slots=1, reduce=reduce, heads=2 if "attn" in point else 0)
+        for point, reduce in zip(points, reducers, strict=True)
+    ]
+    edits: list[Any] = [Edit("hook_resid_post", "add"), Edit("attn.hook_z", "scale"), Edit("attn.hook_result", "set")]
+    masks = jnp.zeros((1, c.n_layers), bool), jnp.zeros((1, 32), bool)
+    heads, strength = jnp.zeros((1, c.n_heads), bool), jnp.zeros(1)
+    values = [jnp.zeros((1, 1, c.d_model)), None, jnp.zeros((1, 32, c.n_heads, c.d_model))]
+    operands = Operands(
+        slots={point: ints(c.n_layers) for point in points},
+        heads={point: ints(2) for point in points if "attn" in point},
+        edits=tuple(EditOperand(*masks, heads, strength, value) for value in values),
+    )
+    module = lower(
+        partial(forward, config=c, spec=Spec(tuple(captures), tuple(edits))),
+        parameters(jnp.float32, biases=True),
+        ints(b, t),
+        ints(b, t),
+        kv.empty(c, b, 32, jnp.dtype(jnp.float32)),
+        operands=operands,
+        count=ints(b),
+        platform=platform,
+    )
     assert violations(module) == []
 
 
