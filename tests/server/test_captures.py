@@ -213,7 +213,7 @@ def test_more_than_the_budget_is_413_with_the_numbers(client):
 
 
 def test_a_large_trace_does_not_become_lists(client, monkeypatch):
-    monkeypatch.setattr(results, "MAX_NUMBERS", 1000)
+    monkeypatch.setattr("irkit.as_json.MAX_NUMBERS", 1000)
     error = refused(client, "/api/trace", 413, texts=TEXT, names="pattern", format="json")
     assert "JSON holds at most 1,000" in error
     assert "safetensors" in error
