@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from irkit import Session, hub, results
+from irkit import Session, hub
 from irkit.engine import runtime
 from irkit.errors import BudgetError
 from irkit.server import captures
@@ -219,7 +219,7 @@ def test_a_large_trace_does_not_become_lists(client, monkeypatch):
     assert "safetensors" in error
     words = {"messages": "hi", "capture": "resid_post", "capture_format": "json", "stream": False, **ASK}
     assert ask(client, "/api/respond", **words)["tokens"][2]["captures"]
-    monkeypatch.setattr(results, "MAX_NUMBERS", 200)
+    monkeypatch.setattr("irkit.as_json.MAX_NUMBERS", 200)
     assert "384 numbers" in refused(client, "/api/respond", 413, **words)
 
 
