@@ -113,6 +113,10 @@ IRKIT_INLINE Vec load_numbers(const uint8_t* panel, int64_t column) {
   return load_bf16((const uint16_t*)panel + 16 * column);
 }
 
+// How far ahead numbers are asked for, in bytes. A panel of them is one stream, which the core's own prefetching keeps
+// up with when it is led by a little: with 4096 bytes a quarter less was read in the same time.
+constexpr int64_t kFloatsAhead = 512;
+
 template <int form, int n>
 void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const uint8_t* tile, float* out) {
   // With few rows the sums of one column would wait for each other: several are kept.
@@ -127,7 +131,7 @@ void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const u
   int64_t k = 0;
   for (; k + ways <= cols; k += ways) {
     if (n <= kFewRows) {
-      const uint8_t* const ahead = panel + (k * kRows * kFormInfo[form].bits / 8) + 4096;
+      const uint8_t* const ahead = panel + (k * kRows * kFormInfo[form].bits / 8) + kFloatsAhead;
       IRKIT_UNROLL
       for (int line = 0; line < ways * kFormInfo[form].bits / 32; ++line) __builtin_prefetch(ahead + 64 * line, 0, 1);
     }
