@@ -1,13 +1,78 @@
-"""Fixtures every test can use: the real default model, fetched by irkit's own code."""
+"""Fixtures every test can use: the real default model, fetched by irkit's own code, and small ones written here."""
 
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 
 import irkit
 from irkit import hub
+
+# GPT-2 writes these bytes as themselves and the others, in order, as U+0100 and on.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+TOKENS = [chr(b) for b in PRINTABLE] + [chr(0x100 + i) for i in range(256 - len(PRINTABLE))] + ["he", "<|end|>"]
+
+
+def write_model(
+    path: Path,
+    format_name: str = "F32",
+    *,
+    d_model: int = 64,
+    n_heads: int = 4,
+    n_kv_heads: int = 2,
+    d_head: int = 16,
+    d_mlp: int = 96,
+    biases: bool = False,
+    raw: Mapping[str, tuple[str, np.ndarray]] | None = None,
+) -> Path:
+    """Two layers of random weights, the matrices in this format, over 258 tokens: a number that 16 does not divide.
+
+    `raw` holds tensors that are not random: a format, and the bytes of each row.
+    """
+    q, kv = n_heads * d_head, n_kv_heads * d_head
+    layer = {
+        "attn_q": (q, d_model), "attn_k": (kv, d_model), "attn_v": (kv, d_model), "attn_output": (d_model, q),
+        "ffn_gate": (d_mlp, d_model), "ffn_up": (d_mlp, d_model), "ffn_down": (d_model, d_mlp),
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {name: (len(TOKENS), d_model) for name in ("token_embd", "output")}
+    shapes |= {f"blk.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
+    rng = np.random.default_rng(0)
+    tensors = {f"{name}.weight": rng.normal(0, 2 * shape[1] ** -0.5, shape) for name, shape in shapes.items()}
+    norms = ["output_norm", *(f"blk.{i}.{name}" for i in range(2) for name in ("attn_norm", "ffn_norm"))]
+    tensors |= {f"{name}.weight": rng.uniform(0.5, 1.5, d_model) for name in norms}
+    if biases:
+        tensors |= {f"blk.1.{name}.bias": rng.normal(size=shape[0]) for name, shape in layer.items()}
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(d_model)
+    writer.add_feed_forward_length(d_mlp)
+    writer.add_head_count(n_heads)
+    writer.add_head_count_kv(n_kv_heads)
+    writer.add_key_length(d_head)
+    writer.add_value_length(d_head)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([1] * (len(TOKENS) - 1) + [3])
+    writer.add_token_merges(["h e"])
+    writer.add_eos_token_id(len(TOKENS) - 1)
+    for name, values in tensors.items():
+        kind = gguf.GGMLQuantizationType[format_name if values.ndim == 2 else "F32"]
+        data = gguf.quantize(values.astype(np.float32), kind)
+        if raw and name in raw:
+            kind, data = gguf.GGMLQuantizationType[raw[name][0]], raw[name][1]
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +103,23 @@ def session(shared_session: "irkit.Session") -> "irkit.Session":
     return shared_session
 
 
+@pytest.fixture(scope="session", name="write_model")
+def _write_model() -> Callable[..., Path]:
+    """`write_model`."""
+    return write_model
+
+
+@pytest.fixture
+def small_model(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small model: see `write_model`."""
+
+    def write(*arguments: Any, **options: Any) -> Path:
+        return write_model(tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf", *arguments, **options)
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two layers of random weights, width 64, over 258 tokens: `write_model` of the engine's tests."""
-    spec = importlib.util.spec_from_file_location("small_models", Path(__file__).parent / "engine" / "conftest.py")
-    assert spec
-    assert spec.loader
-    small_models = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small_models)
-    return small_models.write_model(tmp_path_factory.mktemp("models") / "tiny.gguf")
+    """A model of two layers of random weights, width 64, over 258 tokens."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny.gguf")

@@ -1,6 +1,5 @@
-"""The small models of the engine's tests, and one of them opened."""
+"""A small model, opened."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,19 +7,6 @@ import pytest
 
 import irkit
 from irkit.engine.runtime import Runtime
-
-_FILE = Path(__file__).parent.parent / "engine" / "conftest.py"
-
-
-@pytest.fixture(scope="session")
-def write_model() -> Callable[..., Path]:
-    """Writes one: see the engine's `write_model`."""
-    spec = importlib.util.spec_from_file_location("engine_conftest", _FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.write_model
 
 
 @pytest.fixture(scope="session")
