@@ -285,6 +285,8 @@ class BenchOptions(LoadOptions):
     """Another engine to measure in turns with irkit, on the same file with as many threads."""
     busy: bool = False
     """Keep one core busy with another process meanwhile."""
+    serve: bool = False
+    """Measure the servers too: one client, eight at once, and a short prompt while a long one is read."""
 
 
 _Model = TypeVar("_Model", bound=Options)

@@ -9,11 +9,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from irkit import errors, hub
+from irkit.bench import serving
 from irkit.bench.machine import busy_core, memory_bandwidth
 from irkit.engine import Model, open_model
 from irkit.engine.backends import physical_cores
@@ -34,8 +36,11 @@ UNITS = {
     "decode": "tokens/s",
     "of_bandwidth": "",
     "peak_memory": "bytes",
+    "serve": "tokens/s",
+    "serve_first_token": "s",
+    "serve_long": "s",
 }
-"""What is measured, in the order of a report; `of_bandwidth` is a fraction."""
+"""What is measured, in the order of a report; `of_bandwidth` is a fraction, the tokens of `serve` are clients."""
 
 _Put = Callable[[str, str, int | None, float], None]
 
@@ -105,6 +110,8 @@ def bench(name: str | Path, options: BenchOptions, say: Callable[[str], None] = 
     """
     if options.vs and not find_spec(PEERS[options.vs]):
         raise BackendError(f"{options.vs} is not installed here; pip install 'irkit[bench]' builds it")
+    if options.serve and options.vs and not find_spec("xllamacpp"):
+        raise BackendError("llama.cpp's server is not installed here; pip install xllamacpp")
     engines = ["irkit", *([options.vs] if options.vs else [])]
     threads = options.threads or physical_cores()
     load = LoadOptions(**{**options.model_dump(include=set(LoadOptions.model_fields)), "threads": threads})
@@ -132,6 +139,9 @@ def bench(name: str | Path, options: BenchOptions, say: Callable[[str], None] = 
             say(f"{name}: run {number + 1} of {options.runs}")
             bandwidth.append(memory_bandwidth(threads))
             about = _run(engines, model.path, load, options, longest, SECONDS, put)
+            for engine in engines if options.serve else ():
+                with serving.server(engine, model.path, threads) as url:
+                    serving.measure(url, model, options.num_predict, partial(put, engine))
     return Report(
         model=str(name),
         path=str(model.path),

@@ -16,6 +16,9 @@ _LABELS = {
     "decode": "decode at context {}",
     "of_bandwidth": "of memory bandwidth, at {}",
     "peak_memory": "peak memory",
+    "serve": "serving {} at once",
+    "serve_first_token": "first token while {} are read",
+    "serve_long": "those {}, to their end",
 }
 
 
@@ -49,6 +52,6 @@ def _shown(measure: Measure, value: float) -> str:
         return f"{value:.0%}"
     if measure.name == "peak_memory":
         return f"{value / 1e6:,.0f} MB"
-    if measure.name in ("prefill", "decode"):
+    if measure.name in ("prefill", "decode", "serve"):
         return f"{value:,.1f} tokens/s"
     return f"{value * 1000:,.0f} ms"

@@ -1,0 +1,109 @@
+"""Measuring servers: several clients at once, and a short prompt behind a long one.
+
+Every engine runs as the server that its users start, in a process of its own, and the same client asks it through
+OpenAI's API.
+"""
+
+import asyncio
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+
+from irkit import hub
+from irkit.engine import Model
+from irkit.errors import BackendError
+
+CLIENTS = 8
+"""Clients that ask at the same time."""
+LONG = 2000
+"""Tokens of the prompt that is being read when a short one comes."""
+START_SECONDS = 120.0
+"""How long a server may take to start."""
+
+
+@contextmanager
+def server(engine: str, path: Path, threads: int) -> Iterator[str]:
+    """The address of `engine`'s server of the model in `path`.
+
+    Raises:
+        BackendError: it does not start.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    programs = hub.home() / "programs"
+    programs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as home:
+        Path(home, "programs").symlink_to(programs)  # what is compiled already; all else is the server's own
+        script = Path(__file__).with_name("serving_worker.py")
+        command = [sys.executable, "-P", str(script), engine, str(path), str(port), str(threads), str(CLIENTS)]
+        quiet, env = subprocess.DEVNULL, os.environ | {"IRKIT_HOME": home}
+        with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=env) as process:
+            try:
+                _wait_for(process, url := f"http://127.0.0.1:{port}")
+                yield url
+            finally:
+                process.kill()
+
+
+def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/v1/models").is_success:
+                return
+        time.sleep(0.05)
+    raise BackendError(f"no server answers at {url}")
+
+
+def measure(url: str, model: Model, count: int, put: Callable[[str, int, float], None]) -> None:
+    """Ask the server at `url` for answers of `count` tokens; `put` is given what was measured, its tokens or clients,
+    and the value."""
+    asyncio.run(_measure(url, model, count, put))
+
+
+async def _measure(url: str, model: Model, count: int, put: Callable[[str, int, float], None]) -> None:
+    # An answer must not end early.
+    always = {"model": "bench", "stream": True, "logit_bias": dict.fromkeys(map(str, model.tokenizer.eog_ids), -100)}
+    async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+
+        async def answer(prompt: str, tokens: int) -> tuple[float, float]:
+            """The seconds to the first token, and to the end."""
+            asked, first = time.perf_counter(), 0.0
+            body = always | {"prompt": prompt, "max_tokens": tokens, "temperature": 0.8, "seed": 1}
+            async with client.stream("POST", "/v1/completions", json=body) as reply:
+                reply.raise_for_status()
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: ") and not first:
+                        first = time.perf_counter() - asked
+            return first, time.perf_counter() - asked
+
+        async def speed(prompts: Sequence[str]) -> float:
+            began = time.perf_counter()
+            await asyncio.gather(*(answer(prompt, count) for prompt in prompts))
+            return len(prompts) * count / (time.perf_counter() - began)
+
+        numbers = random.Random(time.time_ns())  # no prompt is in a cache
+
+        def text(tokens: int) -> str:
+            return model.tokenizer.decode(numbers.choices(range(300, model.tokenizer.vocab_size), k=tokens))
+
+        await speed([text(16) for _ in range(CLIENTS)])  # what must be compiled is compiled now
+        await speed([text(16) for _ in range(CLIENTS)])
+        put("serve", 1, await speed([text(16)]))
+        put("serve", CLIENTS, await speed([text(16) for _ in range(CLIENTS)]))
+        await answer(text(LONG), 1)
+        long = asyncio.create_task(answer(text(LONG), 1))
+        await asyncio.sleep(0.05)
+        first, _ = await answer(text(8), 2)
+        put("serve_first_token", LONG, first)
+        _, whole = await long
+        put("serve_long", LONG, whole)
