@@ -5,6 +5,7 @@ A model is registered in place with `add`, or fetched with `pull`. `resolve` fin
 """
 
 from irkit.hub.catalog import CATALOG
+from irkit.hub.create import blob, blob_writer, copy, create
 from irkit.hub.download import Progress
 from irkit.hub.pull import ensure, pull
 from irkit.hub.registry import Manifest, add, find, home, models, remove, resolve
@@ -14,6 +15,10 @@ __all__ = [
     "Manifest",
     "Progress",
     "add",
+    "blob",
+    "blob_writer",
+    "copy",
+    "create",
     "ensure",
     "find",
     "home",

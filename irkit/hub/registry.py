@@ -14,9 +14,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from platformdirs import user_data_path
@@ -48,6 +49,10 @@ class Manifest:
     `size` is in bytes, `parameters` counts the weights of all tensors, `quantization` is the label people use
     ("Q4_K_M"), `sha256` is hexadecimal, `added_at` is in UTC (RFC 3339 in JSON), and `source` is what the
     model was pulled as, or None for a file registered in place.
+
+    What a session of this name does unless it is told otherwise: `template` (Jinja) stands in for the file's own,
+    `system` opens each conversation that brings no system message, and `options` holds fields of `GenerateOptions`,
+    and `num_ctx`. `license` is its text, where the model came with one beside the file.
     """
 
     name: str
@@ -59,6 +64,10 @@ class Manifest:
     sha256: str
     added_at: AwareDatetime
     source: str | None = None
+    template: str | None = None
+    system: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
 
 
 _JSON = TypeAdapter(Manifest)
@@ -98,13 +107,29 @@ def add(path: str | Path, name: str | None = None) -> Manifest:
     if file is None:
         raise ModelNotFoundError(f"no file at {str(path)!r}")
     file = file.resolve()
-    manifest = _describe(file, check_name(clean_name(file.stem) if name is None else name), None, None)
+    manifest = describe(file, check_name(clean_name(file.stem) if name is None else name))
     with _changing() as folder:
         holder = find(manifest.name)
         if holder is not None and holder.path.is_file() and not holder.path.samefile(file):
             raise OptionError(
                 f"the name {manifest.name} belongs to {holder.path}: give another, or remove that model first"
             )
+        _write(folder, manifest)
+    return manifest
+
+
+def put(manifest: Manifest) -> Manifest:
+    """Registers `manifest`, in place of what had its name, unless a fetched file would then belong to no model.
+
+    Raises:
+        OptionError: the name cannot be a model's name, or is that of the only model with a file irkit fetched.
+        IrkitError: the registry cannot be written.
+    """
+    check_name(manifest.name)
+    with _changing() as folder:
+        holder = find(manifest.name)
+        if holder is not None and _is_last_owner(holder) and holder.path.resolve() != manifest.path.resolve():
+            raise OptionError(f"{manifest.name} is a model that was fetched: give another name, or remove it first")
         _write(folder, manifest)
     return manifest
 
@@ -116,7 +141,7 @@ def publish(partial: Path, name: str, sha256: str, source: str) -> Manifest:
         ModelFileError: the file is no sound GGUF file; nothing has been changed.
         IrkitError: the registry cannot be written.
     """
-    manifest = replace(_describe(partial, name, sha256, source), path=blob_path(name))
+    manifest = replace(describe(partial, name, sha256, source), path=blob_path(name))
     with _changing() as folder:
         os.replace(partial, manifest.path)
         _write(folder, manifest)
@@ -133,15 +158,12 @@ def remove(name: str) -> None:
     path = _manifest_path(check_name(name.lower()))
     with _changing():
         if not path.is_file():
-            raise _not_found(name)
+            raise not_found(name)
         manifest = _read(path)
+        last = manifest is not None and _is_last_owner(manifest)
         path.unlink()
-        if manifest is None:
-            return
-        file = manifest.path.resolve()
-        shared = any(other.path.resolve() == file for other in models())
-        if file.is_relative_to((home() / "models").resolve()) and file.is_file() and not shared:
-            file.unlink()
+        if manifest is not None and last:
+            manifest.path.unlink()
 
 
 def resolve(model: str | Path) -> Path:
@@ -160,7 +182,7 @@ def resolve(model: str | Path) -> Path:
         raise ModelNotFoundError(f"no file at {_shown(text)}")
     manifest = find(text)
     if manifest is None:
-        raise _not_found(text)
+        raise not_found(text)
     if not manifest.path.is_file():
         raise ModelNotFoundError(f"{manifest.name} is registered, but its file {manifest.path} is gone")
     return manifest.path
@@ -209,6 +231,14 @@ def _as_path(model: str | Path) -> Path | None:
     return Path(text) if os.path.isfile(text) else None
 
 
+def _is_last_owner(manifest: Manifest) -> bool:
+    """Whether irkit keeps this model's file, and no other model uses it."""
+    file = manifest.path.resolve()
+    if not (file.is_relative_to((home() / "models").resolve()) and file.is_file()):
+        return False
+    return not any(other.path.resolve() == file for other in models() if other.name != manifest.name)
+
+
 def _read(path: Path) -> Manifest | None:
     try:
         manifest = _JSON.validate_json(path.read_bytes())
@@ -246,7 +276,12 @@ def _changing() -> Iterator[Path]:
         raise IrkitError(f"the registry in {home()} cannot be changed: {error.strerror or error}") from error
 
 
-def _describe(file: Path, name: str, sha256: str | None, source: str | None) -> Manifest:
+def describe(file: Path, name: str, sha256: str | None = None, source: str | None = None) -> Manifest:
+    """The manifest of a GGUF file as `name`, unregistered.
+
+    Raises:
+        ModelFileError: the file is no sound GGUF file.
+    """
     with gguf.open(file) as opened:
         architecture = opened.metadata.get("general.architecture")
         if not isinstance(architecture, str):
@@ -276,7 +311,8 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _not_found(name: str) -> ModelNotFoundError:
+def not_found(name: str) -> ModelNotFoundError:
+    """What to raise where no model has `name`: it says where it was looked for, and which names come near."""
     known = {manifest.name for manifest in models()}
     near = difflib.get_close_matches(name.lower(), sorted(known | CATALOG.keys()), n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
