@@ -50,9 +50,7 @@ def create(
         base = source
     else:
         path = registry.resolve(source)
-        # A path goes first, as everywhere.
-        known = registry.find(source) if isinstance(source, str) and not os.path.isfile(source) else None
-        base = known or registry.describe(Path(os.path.abspath(path)), name)
+        base = registry.manifest(source) or registry.describe(Path(os.path.abspath(path)), name)
     given = checked_options(options or {})
     return registry.put(
         replace(

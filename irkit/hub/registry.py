@@ -188,6 +188,17 @@ def resolve(model: str | Path) -> Path:
     return manifest.path
 
 
+def manifest(model: str | Path) -> Manifest | None:
+    """The registered model that `model` names; None for a path to a file, which goes first, and where there is none.
+
+    Raises:
+        OptionError: `model` can be neither a path nor a name.
+    """
+    if isinstance(model, Path) or _as_path(model) is not None:
+        return None
+    return find(model)
+
+
 def check_name(name: str) -> str:
     """`name`, if it can be a model's name: `smollm2`, `org.model-q4_0`, `smollm2:135m`.
 
