@@ -189,7 +189,7 @@ def _list(in_json: Json = False) -> None:
 def _pull(name: Annotated[str, typer.Argument(help="What to fetch.", metavar="NAME")]) -> None:
     """Fetch a model."""
     with progress_bar() as show:
-        manifest = hub.pull(name, progress=show)
+        manifest = hub.pull(name, progress=show, allow_private=True)
     print(manifest.name)
 
 

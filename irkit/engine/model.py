@@ -291,7 +291,7 @@ class Model:
             name=meta.value("general.name", str, ""),
             parameters=sum(math.prod(tensor.shape) for tensor in self.file.tensors.values()),
             quantization=_main_format(self.file),
-            size=self.path.stat().st_size,
+            size=self.file.size,
             license=meta.value("general.license", str, None),
             n_layers=config.n_layers,
             d_model=config.d_model,

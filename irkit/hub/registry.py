@@ -12,11 +12,12 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock
@@ -53,6 +54,9 @@ class Manifest:
     What a session of this name does unless it is told otherwise: `template` (Jinja) stands in for the file's own,
     `system` opens each conversation that brings no system message, and `options` holds fields of `GenerateOptions`,
     and `num_ctx`. `license` is its text, where the model came with one beside the file.
+
+    `path` is the first file of a split model; then `parts` are the sha256 of each file, `size` is that of all, and
+    `sha256` is that of `parts`, one a line.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Manifest:
     system: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     license: str | None = None
+    parts: tuple[str, ...] = ()
 
 
 _JSON = TypeAdapter(Manifest)
@@ -106,7 +111,7 @@ def add(path: str | Path, name: str | None = None) -> Manifest:
     file = _as_path(path)
     if file is None:
         raise ModelNotFoundError(f"no file at {str(path)!r}")
-    file = file.resolve()
+    file = Path(os.path.abspath(file))
     manifest = describe(file, check_name(clean_name(file.stem) if name is None else name))
     with _changing() as folder:
         holder = find(manifest.name)
@@ -134,18 +139,49 @@ def put(manifest: Manifest) -> Manifest:
     return manifest
 
 
-def publish(partial: Path, name: str, sha256: str, source: str) -> Manifest:
-    """Moves a complete, verified file that was fetched as `source` into the registry as `name`.
+def publish(
+    fetched: Sequence[Path],
+    name: str,
+    digests: Sequence[str],
+    source: str,
+    own: Mapping[str, Any] = MappingProxyType({}),
+) -> Manifest:
+    """Moves complete, verified files that were fetched as `source` into the registry as `name`.
+
+    There is one, or all parts of a split model, with the sha256 of each; `own` are further fields of the manifest.
 
     Raises:
-        ModelFileError: the file is no sound GGUF file; nothing has been changed.
+        ModelFileError: they are no sound GGUF file; nothing has been changed.
         IrkitError: the registry cannot be written.
     """
-    manifest = replace(describe(partial, name, sha256, source), path=blob_path(name))
+    described = describe(fetched[0], name, digests, source)
     with _changing() as folder:
-        os.replace(partial, manifest.path)
+        stem = _file_name(name)
+        holder = find(name)
+        if any(other.path in _kept(stem, len(fetched)) for other in models() if other.name != name):
+            stem += f"~{described.sha256[:12]}"  # a copy keeps what there was
+        kept = _kept(stem, len(fetched))
+        old = files(holder.path) if holder is not None and _is_last_owner(holder) else []
+        for source_file, file in zip(fetched, kept, strict=True):
+            os.replace(source_file, file)
+        manifest = replace(described, path=kept[0], **own)
         _write(folder, manifest)
+        for file in set(old) - set(kept):
+            file.unlink(missing_ok=True)
     return manifest
+
+
+def files(path: Path) -> list[Path]:
+    """All files of the model whose file, or first part, is `path`."""
+    return [path.with_name(name) for name in gguf.part_names(path.name)] or [path]
+
+
+def is_whole(manifest: Manifest) -> bool:
+    """Whether a model's files are there, with as many bytes as they should have."""
+    try:
+        return sum(file.stat().st_size for file in files(manifest.path)) == manifest.size
+    except OSError:
+        return False
 
 
 def remove(name: str) -> None:
@@ -162,8 +198,8 @@ def remove(name: str) -> None:
         manifest = _read(path)
         last = manifest is not None and _is_last_owner(manifest)
         path.unlink()
-        if manifest is not None and last:
-            manifest.path.unlink()
+        for file in files(manifest.path) if manifest is not None and last else ():
+            file.unlink(missing_ok=True)
 
 
 def resolve(model: str | Path) -> Path:
@@ -227,6 +263,12 @@ def blob_path(name: str) -> Path:
     return home() / "models" / f"{_file_name(name)}.gguf"
 
 
+def _kept(stem: str, count: int) -> list[Path]:
+    """Where a model of so many files that irkit fetches is kept."""
+    names = [f"{stem}.gguf"] if count == 1 else gguf.part_names(f"{stem}-00001-of-{count:05}.gguf")
+    return [home() / "models" / name for name in names]
+
+
 def _manifest_path(name: str) -> Path:
     return home() / "manifests" / f"{_file_name(name)}.json"
 
@@ -287,8 +329,8 @@ def _changing() -> Iterator[Path]:
         raise IrkitError(f"the registry in {home()} cannot be changed: {error.strerror or error}") from error
 
 
-def describe(file: Path, name: str, sha256: str | None = None, source: str | None = None) -> Manifest:
-    """The manifest of a GGUF file as `name`, unregistered.
+def describe(file: Path, name: str, digests: Sequence[str] | None = None, source: str | None = None) -> Manifest:
+    """The manifest of a GGUF file as `name`, unregistered; `digests` are the sha256 of its parts, where known.
 
     Raises:
         ModelFileError: the file is no sound GGUF file.
@@ -304,16 +346,20 @@ def describe(file: Path, name: str, sha256: str | None = None, source: str | Non
             for tensor in opened.tensors.values():
                 by_format[tensor.format] += tensor.nbytes
             quantization = by_format.most_common(1)[0][0] if by_format else "unknown"
+        if digests is None:
+            digests = [_sha256(path) for path in opened.paths]
+        split = len(digests) > 1
         return Manifest(
             name=name,
             path=file,
-            size=file.stat().st_size,
+            size=opened.size,
             architecture=architecture,
             parameters=sum(math.prod(tensor.shape) for tensor in opened.tensors.values()),
             quantization=quantization,
-            sha256=sha256 or _sha256(file),
+            sha256=hashlib.sha256("\n".join(digests).encode()).hexdigest() if split else digests[0],
             added_at=datetime.now(UTC),
             source=source,
+            parts=tuple(digests) if split else (),
         )
 
 

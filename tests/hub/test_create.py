@@ -44,7 +44,7 @@ def test_a_name_is_made_anew_but_a_fetched_file_is_not_lost(file: Path, tmp_path
     other = write_gguf(tmp_path / "other.gguf", seed=1)
     assert hub.create("name", other).path == other
     (hub.home() / "models").mkdir()
-    fetched = registry.publish(write_gguf(tmp_path / "partial"), "fetched", "0" * 64, "source")
+    fetched = registry.publish([write_gguf(tmp_path / "partial")], "fetched", ["0" * 64], "source")
     with pytest.raises(OptionError, match="fetched is a model that was fetched: give another name"):
         hub.create("fetched", file)
     assert hub.create("fetched", "fetched", system="Hm.").source == "source"
@@ -56,7 +56,7 @@ def test_a_name_is_made_anew_but_a_fetched_file_is_not_lost(file: Path, tmp_path
 
 def test_a_copy_shares_the_file(tmp_path: Path) -> None:
     (hub.home() / "models").mkdir(parents=True)
-    first = registry.publish(write_gguf(tmp_path / "partial"), "one", "0" * 64, "source")
+    first = registry.publish([write_gguf(tmp_path / "partial")], "one", ["0" * 64], "source")
     assert hub.copy("ONE", "Two").path == first.path
     hub.remove("one")
     assert hub.resolve("two") == first.path
