@@ -42,7 +42,7 @@ class Layer:
     """One file of a model; `digest` is "sha256:" and 64 digits, `size` in bytes."""
 
     mediaType: str  # noqa: N815
-    digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}\Z")]
+    digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
     size: Annotated[int, Field(ge=0)]
 
 
