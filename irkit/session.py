@@ -7,6 +7,8 @@ and the server are made from what it finds: a new method here appears on every s
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from irkit import hub
@@ -45,6 +47,8 @@ from irkit.trace import Estimate, Trace
 if TYPE_CHECKING:
     import numpy as np
 
+    from irkit.tokenizer import ChatTemplate
+
 
 class Session:
     """A model, opened, with a KV cache of its own.
@@ -64,8 +68,14 @@ class Session:
             OptionError: an option is unknown or out of bounds.
         """
         self.options = parse(LoadOptions, options)
+        path = hub.ensure(model)
+        self._manifest = hub.manifest(model)
+        self._own = dict(self._manifest.options) if self._manifest else {}
+        num_ctx = self._own.pop("num_ctx", None)
+        if self.options.num_ctx is None:
+            self.options = parse(LoadOptions, {**dict(self.options), "num_ctx": num_ctx})
         self.name = str(model)
-        self._model: Model | None = open_model(hub.ensure(model), self.options)
+        self._model: Model | None = open_model(path, self.options)
         self._cache = self._model.new_cache(self.options.num_ctx)
         self._edits: list[Edit] = []
         self._pooled = False
@@ -81,6 +91,17 @@ class Session:
             raise OptionError(f"the session of {self.name} is closed")
         return self._model
 
+    @property
+    def defaults(self) -> GenerateOptions:
+        """How answers are made where a call does not say: `irkit create` sets it for a model."""
+        return self._generate_options({})
+
+    @cached_property
+    def template(self) -> "ChatTemplate":
+        """What lays conversations out: the chat template of the model's name (`irkit create`), or of its file."""
+        source = self._manifest.template if self._manifest else None
+        return self.model.template_of(source) if source else self.model.template
+
     @accepts(GenerateOptions)
     def generate(self, prompt: Text, capture: Captures = None, edits: Edits = None, **options: Any) -> Generation:
         """Continue a text, as it is: no chat template is applied.
@@ -91,7 +112,7 @@ class Session:
             ContextFullError: the prompt does not fit the context.
             OptionError: an option is unknown or out of bounds.
         """
-        parsed = parse(GenerateOptions, options)
+        parsed = self._generate_options(options)
         self.model.load()  # tokenizing goes on beside it
         return self._answer(self._ids(prompt, "prompt"), parsed, capture, edits)
 
@@ -109,12 +130,16 @@ class Session:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        parsed = parse(GenerateOptions, options)
+        system = self._manifest.system if self._manifest else None
+        if system and isinstance(messages, Sequence) and not any(map(_is_system, messages)):
+            messages = [{"role": "system", "content": system}, *messages]
+        parsed = self._generate_options(options)
         model = self.model
         model.load()  # the template and the tokenizer go on beside it
-        ids = model.template.encode(model.tokenizer, messages, tools=tools)
+        template = self.template
+        ids = template.encode(model.tokenizer, messages, tools=tools)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
-        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *model.template.stop)})
+        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *template.stop)})
         return self._answer(ids, parsed, capture, edits)
 
     @accepts(TokenizeOptions)
@@ -326,7 +351,7 @@ class Session:
             ContextFullError: the text does not fit the context.
             OptionError: there is no such position, an option is unknown or out of bounds, or the cache is empty.
         """
-        parsed = parse(GenerateOptions, options)
+        parsed = self._generate_options(options)
         if isinstance(alternative, str):
             new: Sequence[int] = self.model.tokenizer.encode(alternative, add_special=False)
         else:
@@ -337,7 +362,8 @@ class Session:
 
     def info(self) -> Info:
         """Say what the model is and how it is run here."""
-        return self.model.info(self.name, self._cache.n_ctx)
+        found = self.model.info(self.name, self._cache.n_ctx)
+        return replace(found, chat_template=True) if self._manifest and self._manifest.template else found
 
     def reset(self) -> None:
         """Forget the tokens in the KV cache; the next prompt is computed from its start."""
@@ -354,7 +380,7 @@ class Session:
         """
         from irkit import cli  # the surface this verb opens; imported late, as surfaces lie above Session
 
-        cli.prompt_loop(self, system, parse(GenerateOptions, options))
+        cli.prompt_loop(self, system, self._generate_options(options))
 
     def close(self) -> None:
         """Cancel what is running and let go of the model; its memory is freed with its last session."""
@@ -374,6 +400,9 @@ class Session:
 
     def _answer(self, ids: Sequence[int], options: GenerateOptions, capture: Any, edits: Any) -> Generation:
         return self.model.generate(ids, options, self._cache, *self._taps(capture, edits), pooled=self._pooled)
+
+    def _generate_options(self, given: Mapping[str, Any]) -> GenerateOptions:
+        return parse(GenerateOptions, {**self._own, **given})
 
     def _taps(self, capture: Any, edits: Any) -> tuple[CaptureOptions | None, tuple[Edit, ...]]:
         if capture is not None:
@@ -399,3 +428,7 @@ class Session:
             if not 0 <= token < size:
                 raise OptionError(f"{what}: token id {token} is outside the vocabulary of {size}")
         return text
+
+
+def _is_system(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") in ("system", "developer")

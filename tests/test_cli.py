@@ -92,6 +92,11 @@ def test_version():
         (["rm", "nosuch"], 1, "irkit: no model 'nosuch'"),
         (["add", "nosuch.gguf"], 1, "irkit: no file at 'nosuch.gguf'"),
         (["pull", "no such"], 2, "irkit: 'no such' cannot be pulled"),
+        (["create", "m"], 2, "irkit: give either --from, or --file"),
+        (["create", "m", "--from", "nosuch"], 1, "irkit: no model 'nosuch'"),
+        (["create", "m", "--from", "x", "--parameter", "top_k"], 2, "irkit: --parameter must be KEY=VALUE"),
+        (["create", "m", "--file", "nosuch"], 2, "irkit: nosuch cannot be read"),
+        (["copy", "nosuch", "m"], 1, "irkit: no model 'nosuch'"),
     ],
     ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
 )

@@ -19,7 +19,7 @@ from irkit.as_json import as_json
 from irkit.cli.terminal import ctrl_c_raises, is_terminal, printable, progress_bar, say
 from irkit.cli.words import convert, declare, label
 from irkit.errors import OptionError
-from irkit.options import BenchOptions, ServeOptions, parse
+from irkit.options import BenchOptions, GenerateOptions, ServeOptions, parse
 from irkit.results import Generation, Lens
 from irkit.session import Session
 from irkit.trace import Trace, size
@@ -27,6 +27,9 @@ from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, option_param
 
 WITHOUT_COMMAND = {"reset", "close"}
 """Verbs that change a session, which here ends with its command."""
+
+_OWN = frozenset(GenerateOptions.model_fields)
+"""Options that a model may have its own values of, where a command leaves them out."""
 
 app = typer.Typer(
     help=irkit.__doc__,
@@ -61,13 +64,20 @@ def _command(name: str, parameters: Sequence[inspect.Parameter] = ()) -> Callabl
     def add(function: _Function) -> _Function:
         @functools.wraps(function)
         def command(**given: Any) -> None:
+            if context := given.pop("context", None):
+                # What was left out is the model's own to set, if it has been made with options.
+                given = {
+                    n: v for n, v in given.items() if n not in _OWN or context.get_parameter_source(n).name != "DEFAULT"
+                }
             try:
                 function(**given)
             except KeyboardInterrupt:
                 raise typer.Exit(130) from None
 
         if parameters:
-            command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+            context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+            signature = inspect.Signature([context, *parameters])
+            command.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
         app.command(name)(command)
         return function
 
@@ -179,7 +189,7 @@ def _list(in_json: Json = False) -> None:
 def _pull(name: Annotated[str, typer.Argument(help="What to fetch.", metavar="NAME")]) -> None:
     """Fetch a model."""
     with progress_bar() as show:
-        manifest = hub.pull(name, progress=show)
+        manifest = hub.pull(name, progress=show, allow_private=True)
     print(manifest.name)
 
 
@@ -190,6 +200,54 @@ def _add(
 ) -> None:
     """Register a model file under a name."""
     print(hub.add(file, name).name)
+
+
+@_command("create")
+def _create(
+    name: Annotated[str, typer.Argument(help="What to call it.", metavar="NAME")],
+    source: Annotated[str | None, typer.Option("--from", help="A GGUF file, or a model.", metavar="MODEL")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="A Modelfile that says all.", metavar="FILE")
+    ] = None,
+    template: Annotated[Path | None, typer.Option(help="A file with a chat template.", metavar="FILE")] = None,
+    system: Annotated[str | None, typer.Option(help="What it is told before a conversation.")] = None,
+    parameter: Annotated[list[str], typer.Option(help="An option of its own.", metavar="KEY=VALUE")] = [],  # noqa: B006
+) -> None:
+    """Make a model of another: its file, with a template, a system prompt and options."""
+    if (source is None) == (file is None):
+        raise OptionError("give either --from, or --file")
+    told = hub.read_modelfile(_text_of(file)) if file else hub.Modelfile(source or "", None, None, {}, None)
+    options = dict(told.options)
+    for word in parameter:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise OptionError(f"--parameter must be KEY=VALUE, got {word!r}")
+        options[key] = [*options.get("stop", ()), value] if key == "stop" else value
+    beside = file.parent / Path(told.source).expanduser() if file else None
+    made = hub.create(
+        name,
+        beside if beside and beside.is_file() else told.source,
+        template=_text_of(template) if template else told.template,
+        system=told.system if system is None else system,
+        options=options,
+        license=told.license,
+    )
+    print(made.name)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise OptionError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{file} must be UTF-8 text; byte {error.start} is not") from None
+
+
+@_command("copy")
+def _copy(source: Name, name: Annotated[str, typer.Argument(help="What to call it too.", metavar="NEW")]) -> None:
+    """Give a model another name; both share its file."""
+    print(hub.copy(source, name).name)
 
 
 @_command("rm")
@@ -234,6 +292,8 @@ def _values(parameters: Sequence[Parameter], given: dict[str, Any]) -> dict[str,
     """The values of `parameters`; an argument that was left out is read from standard input."""
     values = {}
     for parameter in parameters:
+        if parameter.name in _OWN and parameter.name not in given:
+            continue
         words = given[parameter.name]
         if words is None and parameter.default is REQUIRED:
             words = _piped()

@@ -102,9 +102,13 @@ class Model:
     @cached_property
     def template(self) -> tokenizer.ChatTemplate:
         """The file's chat template, or the plain one where it brings none."""
+        return self.template_of(self.tokenizer.chat_template)
+
+    def template_of(self, source: str | None) -> tokenizer.ChatTemplate:
+        """A chat template that knows this model's special tokens."""
         made = self.tokenizer
         bos, eos = ("" if token is None else made.token(token) for token in (made.bos_id, made.eos_id))
-        return tokenizer.ChatTemplate(made.chat_template, bos, eos)
+        return tokenizer.ChatTemplate(source, bos, eos)
 
     def new_cache(self, n_ctx: int | None) -> Cache:
         """An empty KV cache for a session, of the trained context where `n_ctx` is None."""
@@ -290,7 +294,7 @@ class Model:
             name=meta.value("general.name", str, ""),
             parameters=sum(math.prod(tensor.shape) for tensor in self.file.tensors.values()),
             quantization=_main_format(self.file),
-            size=self.path.stat().st_size,
+            size=self.file.size,
             license=meta.value("general.license", str, None),
             n_layers=config.n_layers,
             d_model=config.d_model,

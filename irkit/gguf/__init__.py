@@ -6,6 +6,6 @@
 
 from irkit.gguf.metadata import Metadata, Value
 from irkit.gguf.quants import QUANTS, dequantize
-from irkit.gguf.reader import File, TensorInfo, open
+from irkit.gguf.reader import File, TensorInfo, open, part_names
 
-__all__ = ["QUANTS", "File", "Metadata", "TensorInfo", "Value", "dequantize", "open"]
+__all__ = ["QUANTS", "File", "Metadata", "TensorInfo", "Value", "dequantize", "open", "part_names"]

@@ -8,6 +8,7 @@ import difflib
 import math
 import mmap
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
 _LONGEST_NAME = 63
+_PART = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.gguf", re.IGNORECASE)
+_MOST_PARTS = 999
 # What a tensor with an empty name and no dimensions takes in the table.
 _SMALLEST_TENSOR = U64.size + U32.size + U32.size + U64.size
 
@@ -36,7 +39,7 @@ class TensorInfo:
     """One tensor of a file.
 
     `shape` is in numpy's order (the reverse of the file's), `format` its GGUF name, such as "Q4_K"; its bytes
-    are the `nbytes` from byte `offset` of the file.
+    are the `nbytes` from byte `offset` of the file, which in a split model is its `part`, counted from 0.
     """
 
     name: str
@@ -44,6 +47,7 @@ class TensorInfo:
     format: str
     offset: int
     nbytes: int
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -52,13 +56,18 @@ class File:
 
     `version` is the GGUF version, `metadata` holds the values by key, `tensors` the tensors by name, in the
     file's order. Arrays made from a file stay valid after it is closed; anything else is then a `ValueError`.
+
+    A model that was split into several files is one `File`: `paths` are its parts, the first of them `path`, and
+    `size` is the bytes of all.
     """
 
     path: Path
     version: int
     metadata: Metadata
     tensors: Mapping[str, TensorInfo]
-    _data: memoryview
+    paths: tuple[Path, ...]
+    size: int
+    _parts: tuple[memoryview, ...]
 
     def tensor(self, name: str) -> TensorInfo:
         """What `tensors` holds for `name`.
@@ -79,7 +88,7 @@ class File:
             ModelFileError: If there is no such tensor.
         """
         info = self.tensor(name)
-        return np.frombuffer(self._data[info.offset : info.offset + info.nbytes], np.uint8)
+        return np.frombuffer(self._parts[info.part][info.offset : info.offset + info.nbytes], np.uint8)
 
     def forget(self, name: str) -> None:
         """Give the memory of a tensor's pages back to the system, which reads them anew if they are looked at again.
@@ -92,8 +101,9 @@ class File:
         info = self.tensor(name)
         first = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
         size = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if size > 0 and isinstance(self._data.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            self._data.obj.madvise(mmap.MADV_DONTNEED, first, size)
+        mapped = self._parts[info.part].obj
+        if size > 0 and isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED, first, size)
 
     def dequantize(self, name: str, out: Floats | None = None) -> Floats:
         """The values of a tensor: float32, of the tensor's shape; written to `out`, if given.
@@ -108,7 +118,8 @@ class File:
 
     def close(self) -> None:
         """Lets go of the file; what arrays still look at stays mapped until the last of them is gone."""
-        self._data.release()
+        for part in self._parts:
+            part.release()
 
     def __enter__(self) -> Self:
         return self
@@ -128,11 +139,54 @@ class File:
 def open(path: str | os.PathLike[str]) -> File:
     """Opens a GGUF file of version 2 or 3; one that holds only a vocabulary, and no tensors, is fine.
 
+    The parts of a split model lie beside the first of them, which is the one to open.
+
     Raises:
         ModelFileError: If there is no file, or anything in it is not what the format allows; the message says
             which part, and at which byte.
     """
     path = Path(path)
+    first = _open_part(path)
+    count = first.metadata.value("split.count", int, 0)
+    if count <= 1:
+        return first
+    if first.metadata.value("split.no", int) != 0:
+        raise ModelFileError(f"{path}: is one part of a split model; the first is the one to open")
+    names = part_names(path.name)
+    if len(names) != count or path.name != names[0]:
+        raise ModelFileError(
+            f"{path}: is the first of {count} parts of a model, so its name must end in -00001-of-{count:05}.gguf"
+        )
+    tensors = dict(first.tensors)
+    parts = [first]
+    for number, name in enumerate(names[1:], 1):
+        part = _open_part(path.with_name(name))
+        if (part.metadata.value("split.no", int), part.metadata.value("split.count", int)) != (number, count):
+            raise ModelFileError(f"{part.path}: is not part {number + 1} of {count} of a model")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise ModelFileError(f"{part.path}: tensor {shown(min(twice))} is in another part as well")
+        tensors |= {name: replace(info, part=number) for name, info in part.tensors.items()}
+        parts.append(part)
+    if first.metadata.value("split.tensors.count", int, len(tensors)) != len(tensors):
+        raise ModelFileError(f"{path}: the parts have {len(tensors)} tensors, not as many as split.tensors.count says")
+    return replace(
+        first,
+        tensors=MappingProxyType(tensors),
+        paths=tuple(part.path for part in parts),
+        size=sum(part.size for part in parts),
+        _parts=tuple(part._parts[0] for part in parts),
+    )
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all files of the split model that the file `name` is a part of; none if it is no such part."""
+    found = _PART.search(name)
+    if not found or found.end() != len(name) or not 0 < int(found[1]) <= int(found[2]) <= _MOST_PARTS:
+        return []
+    return [f"{name[: found.start()]}-{i:05}-of-{found[2]}{name[-5:]}" for i in range(1, int(found[2]) + 1)]
+
+
+def _open_part(path: Path) -> File:
     cursor = Cursor(path, _map(path))
     version = _read_version(cursor)
     tensor_count = cursor.count(_SMALLEST_TENSOR, "number of tensors")
@@ -141,8 +195,8 @@ def open(path: str | os.PathLike[str]) -> File:
     alignment = metadata.value("general.alignment", int, 32)
     if alignment <= 0 or alignment & (alignment - 1):
         raise ModelFileError(f"{path}: metadata key 'general.alignment' is {alignment}, not a power of two")
-    tensors = _read_tensors(cursor, tensor_count, alignment)
-    return File(path, version, metadata, MappingProxyType(tensors), cursor.data)
+    tensors = MappingProxyType(_read_tensors(cursor, tensor_count, alignment))
+    return File(path, version, metadata, tensors, (path,), len(cursor.data), (cursor.data,))
 
 
 def _map(path: Path) -> memoryview:

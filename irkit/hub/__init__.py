@@ -5,20 +5,29 @@ A model is registered in place with `add`, or fetched with `pull`. `resolve` fin
 """
 
 from irkit.hub.catalog import CATALOG
+from irkit.hub.create import blob, blob_writer, copy, create
 from irkit.hub.download import Progress
+from irkit.hub.modelfile import Modelfile, read_modelfile
 from irkit.hub.pull import ensure, pull
-from irkit.hub.registry import Manifest, add, find, home, models, remove, resolve
+from irkit.hub.registry import Manifest, add, find, home, manifest, models, remove, resolve
 
 __all__ = [
     "CATALOG",
     "Manifest",
+    "Modelfile",
     "Progress",
     "add",
+    "blob",
+    "blob_writer",
+    "copy",
+    "create",
     "ensure",
     "find",
     "home",
+    "manifest",
     "models",
     "pull",
+    "read_modelfile",
     "remove",
     "resolve",
 ]

@@ -1,11 +1,12 @@
 """The models irkit knows by name, and where each one's file can be fetched."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file in a Hugging Face repository (`ORG/REPO`), on its main branch."""
+    """A file in a Hugging Face repository (`ORG/REPO`), on its main branch; of a split model, any part."""
 
     repo: str
     file: str
@@ -21,9 +22,21 @@ class WheelFile:
 
 @dataclass(frozen=True)
 class WebFile:
-    """A file at an http(s) address."""
+    """A file at an http(s) address; of a split model, any part."""
 
     url: str
+
+
+@dataclass(frozen=True)
+class OllamaModel:
+    """A model in an Ollama registry at `host` (an address without path), such as `library/llama3.2`, `1b`."""
+
+    host: str
+    name: str
+    tag: str
+
+
+Place: TypeAlias = HubFile | WheelFile | WebFile | OllamaModel
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Model:
 
     name: str
     source: str
-    files: tuple[HubFile | WheelFile | WebFile, ...]
+    files: tuple[Place, ...]
     size: int | None = None
     sha256: str | None = None
     description: str = ""

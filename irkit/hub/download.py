@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from irkit.errors import PullError
+from irkit.hub.addresses import open_client
 
 if TYPE_CHECKING:
     import httpx
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 # Called as progress(bytes done, bytes in all or None, what is being done).
 Progress = Callable[[int, int | None, str], None]
 
-CONNECT_SECONDS = 10.0
-READ_SECONDS = 30.0
 # How long a host may take to answer at all when there is another place to turn to.
 ANSWER_SECONDS = 5.0
 # Tries in a row that bring no byte, and the wait before the second of them, which doubles each time.
@@ -86,12 +85,14 @@ def download(
     sha256: str | None = None,
     present: str | None = None,
     progress: Progress | None = None,
+    allow_private: bool = False,
 ) -> str:
     """Fetches `url` into `partial`, going on with what an earlier call has left there; returns the sha256.
 
     The digest is checked against `sha256`, or else against the one a Hugging Face hub names in X-Linked-Etag.
     If the server names `present` as its digest, the caller has the file already: nothing is fetched. An
-    Authorization among `headers` is not sent on to another host in a redirect.
+    Authorization among `headers` is not sent on to another host in a redirect. Private addresses are not fetched
+    from, unless `allow_private` is set and that of `url` is one itself.
 
     Raises:
         PullError: saying what went wrong where; a partial file is left only if a later call can use it.
@@ -100,9 +101,8 @@ def download(
 
     report = progress or (lambda done, total, what: None)
     job = _Job(url, partial, size, sha256, present, lambda done, total: report(done, total, what))
-    timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
     try:
-        with httpx.Client(follow_redirects=True, timeout=timeout, headers=headers) as client:
+        with open_client(url, headers, allow_private=allow_private) as client:
             try:
                 return _verified(client, job)
             except _WrongBytesError:

@@ -6,12 +6,10 @@ Both are read from the environment at every call; `huggingface_hub` itself reads
 import os
 import re
 
+from irkit import gguf
 from irkit.errors import OptionError, PullError
+from irkit.hub.addresses import CONNECT_SECONDS
 from irkit.hub.catalog import HubFile
-from irkit.hub.download import CONNECT_SECONDS
-
-# One of the numbered parts that a large model is cut into.
-SPLIT_FILE = re.compile(r"-[0-9]{5}-of-[0-9]{5}\.gguf", re.IGNORECASE)
 
 _ADDRESS = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[!-~]*)?")
 
@@ -42,7 +40,9 @@ def credentials(url: str) -> dict[str, str]:
 
 
 def choose(repo: str, quantization: str | None) -> str:
-    """The one .gguf file of `repo` that has `quantization` in its name; without that, the only one there is.
+    """The one .gguf file of `repo` that has `quantization` in its name, or the first part of the one split model.
+
+    Without `quantization`, it is the only model there is, or else the one in Q4_K_M.
 
     Raises:
         PullError: the repository cannot be listed, or there is not just one such file; the message lists
@@ -69,12 +69,15 @@ def choose(repo: str, quantization: str | None) -> str:
     else:
         label = re.compile(rf"(^|[-._/]){re.escape(quantization)}(?![A-Za-z0-9_])", re.IGNORECASE)
         matching = [name for name in ggufs if label.search(name)]
-    whole = [name for name in matching if not SPLIT_FILE.search(name)]
-    if len(whole) == 1:
-        return whole[0]
-    if matching and not whole:
-        raise PullError(f"{repo} has {quantization or 'its model'} only in parts; split models cannot be pulled")
-    problem = f"{len(whole)} files for {quantization}" if quantization else f"{len(whole)} models"
+    # Of a split model's parts, the first stands for all.
+    found = sorted({(gguf.part_names(name) or [name])[0] for name in matching})
+    if quantization is None and len(found) > 1:
+        # What people take unless they want something else, as in Ollama and llama.cpp.
+        usual = re.compile(r"(^|[-._/])Q4_K_M(?![A-Za-z0-9_])", re.IGNORECASE)
+        found = [name for name in found if usual.search(name)] or found
+    if len(found) == 1:
+        return found[0]
+    problem = f"{len(found)} files for {quantization}" if quantization else f"{len(found)} models"
     raise PullError(f"{repo} has {problem}, not one; its .gguf files are: {', '.join(ggufs) or 'none'}")
 
 

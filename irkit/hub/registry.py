@@ -12,11 +12,13 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from filelock import FileLock
 from platformdirs import user_data_path
@@ -48,6 +50,13 @@ class Manifest:
     `size` is in bytes, `parameters` counts the weights of all tensors, `quantization` is the label people use
     ("Q4_K_M"), `sha256` is hexadecimal, `added_at` is in UTC (RFC 3339 in JSON), and `source` is what the
     model was pulled as, or None for a file registered in place.
+
+    What a session of this name does unless it is told otherwise: `template` (Jinja) stands in for the file's own,
+    `system` opens each conversation that brings no system message, and `options` holds fields of `GenerateOptions`,
+    and `num_ctx`. `license` is its text, where the model came with one beside the file.
+
+    `path` is the first file of a split model; then `parts` are the sha256 of each file, `size` is that of all, and
+    `sha256` is that of `parts`, one a line.
     """
 
     name: str
@@ -59,6 +68,11 @@ class Manifest:
     sha256: str
     added_at: AwareDatetime
     source: str | None = None
+    template: str | None = None
+    system: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
+    parts: tuple[str, ...] = ()
 
 
 _JSON = TypeAdapter(Manifest)
@@ -97,8 +111,8 @@ def add(path: str | Path, name: str | None = None) -> Manifest:
     file = _as_path(path)
     if file is None:
         raise ModelNotFoundError(f"no file at {str(path)!r}")
-    file = file.resolve()
-    manifest = _describe(file, check_name(clean_name(file.stem) if name is None else name), None, None)
+    file = Path(os.path.abspath(file))
+    manifest = describe(file, check_name(clean_name(file.stem) if name is None else name))
     with _changing() as folder:
         holder = find(manifest.name)
         if holder is not None and holder.path.is_file() and not holder.path.samefile(file):
@@ -109,18 +123,65 @@ def add(path: str | Path, name: str | None = None) -> Manifest:
     return manifest
 
 
-def publish(partial: Path, name: str, sha256: str, source: str) -> Manifest:
-    """Moves a complete, verified file that was fetched as `source` into the registry as `name`.
+def put(manifest: Manifest) -> Manifest:
+    """Registers `manifest`, in place of what had its name, unless a fetched file would then belong to no model.
 
     Raises:
-        ModelFileError: the file is no sound GGUF file; nothing has been changed.
+        OptionError: the name cannot be a model's name, or is that of the only model with a file irkit fetched.
         IrkitError: the registry cannot be written.
     """
-    manifest = replace(_describe(partial, name, sha256, source), path=blob_path(name))
+    check_name(manifest.name)
     with _changing() as folder:
-        os.replace(partial, manifest.path)
+        holder = find(manifest.name)
+        if holder is not None and _is_last_owner(holder) and holder.path.resolve() != manifest.path.resolve():
+            raise OptionError(f"{manifest.name} is a model that was fetched: give another name, or remove it first")
         _write(folder, manifest)
     return manifest
+
+
+def publish(
+    fetched: Sequence[Path],
+    name: str,
+    digests: Sequence[str],
+    source: str,
+    own: Mapping[str, Any] = MappingProxyType({}),
+) -> Manifest:
+    """Moves complete, verified files that were fetched as `source` into the registry as `name`.
+
+    There is one, or all parts of a split model, with the sha256 of each; `own` are further fields of the manifest.
+
+    Raises:
+        ModelFileError: they are no sound GGUF file; nothing has been changed.
+        IrkitError: the registry cannot be written.
+    """
+    described = describe(fetched[0], name, digests, source)
+    with _changing() as folder:
+        stem = _file_name(name)
+        holder = find(name)
+        if any(other.path in _kept(stem, len(fetched)) for other in models() if other.name != name):
+            stem += f"~{described.sha256[:12]}"  # a copy keeps what there was
+        kept = _kept(stem, len(fetched))
+        old = files(holder.path) if holder is not None and _is_last_owner(holder) else []
+        for source_file, file in zip(fetched, kept, strict=True):
+            os.replace(source_file, file)
+        manifest = replace(described, path=kept[0], **own)
+        _write(folder, manifest)
+        for file in set(old) - set(kept):
+            file.unlink(missing_ok=True)
+    return manifest
+
+
+def files(path: Path) -> list[Path]:
+    """All files of the model whose file, or first part, is `path`."""
+    return [path.with_name(name) for name in gguf.part_names(path.name)] or [path]
+
+
+def is_whole(manifest: Manifest) -> bool:
+    """Whether a model's files are there, with as many bytes as they should have."""
+    try:
+        return sum(file.stat().st_size for file in files(manifest.path)) == manifest.size
+    except OSError:
+        return False
 
 
 def remove(name: str) -> None:
@@ -133,15 +194,12 @@ def remove(name: str) -> None:
     path = _manifest_path(check_name(name.lower()))
     with _changing():
         if not path.is_file():
-            raise _not_found(name)
+            raise not_found(name)
         manifest = _read(path)
+        last = manifest is not None and _is_last_owner(manifest)
         path.unlink()
-        if manifest is None:
-            return
-        file = manifest.path.resolve()
-        shared = any(other.path.resolve() == file for other in models())
-        if file.is_relative_to((home() / "models").resolve()) and file.is_file() and not shared:
-            file.unlink()
+        for file in files(manifest.path) if manifest is not None and last else ():
+            file.unlink(missing_ok=True)
 
 
 def resolve(model: str | Path) -> Path:
@@ -160,10 +218,21 @@ def resolve(model: str | Path) -> Path:
         raise ModelNotFoundError(f"no file at {_shown(text)}")
     manifest = find(text)
     if manifest is None:
-        raise _not_found(text)
+        raise not_found(text)
     if not manifest.path.is_file():
         raise ModelNotFoundError(f"{manifest.name} is registered, but its file {manifest.path} is gone")
     return manifest.path
+
+
+def manifest(model: str | Path) -> Manifest | None:
+    """The registered model that `model` names; None for a path to a file, which goes first, and where there is none.
+
+    Raises:
+        OptionError: `model` can be neither a path nor a name.
+    """
+    if isinstance(model, Path) or _as_path(model) is not None:
+        return None
+    return find(model)
 
 
 def check_name(name: str) -> str:
@@ -194,6 +263,12 @@ def blob_path(name: str) -> Path:
     return home() / "models" / f"{_file_name(name)}.gguf"
 
 
+def _kept(stem: str, count: int) -> list[Path]:
+    """Where a model of so many files that irkit fetches is kept."""
+    names = [f"{stem}.gguf"] if count == 1 else gguf.part_names(f"{stem}-00001-of-{count:05}.gguf")
+    return [home() / "models" / name for name in names]
+
+
 def _manifest_path(name: str) -> Path:
     return home() / "manifests" / f"{_file_name(name)}.json"
 
@@ -207,6 +282,14 @@ def _as_path(model: str | Path) -> Path | None:
     text = os.path.expanduser(model)
     # Unlike Path.is_file, this is merely false for NUL characters and over-long names.
     return Path(text) if os.path.isfile(text) else None
+
+
+def _is_last_owner(manifest: Manifest) -> bool:
+    """Whether irkit keeps this model's file, and no other model uses it."""
+    file = manifest.path.resolve()
+    if not (file.is_relative_to((home() / "models").resolve()) and file.is_file()):
+        return False
+    return not any(other.path.resolve() == file for other in models() if other.name != manifest.name)
 
 
 def _read(path: Path) -> Manifest | None:
@@ -246,7 +329,12 @@ def _changing() -> Iterator[Path]:
         raise IrkitError(f"the registry in {home()} cannot be changed: {error.strerror or error}") from error
 
 
-def _describe(file: Path, name: str, sha256: str | None, source: str | None) -> Manifest:
+def describe(file: Path, name: str, digests: Sequence[str] | None = None, source: str | None = None) -> Manifest:
+    """The manifest of a GGUF file as `name`, unregistered; `digests` are the sha256 of its parts, where known.
+
+    Raises:
+        ModelFileError: the file is no sound GGUF file.
+    """
     with gguf.open(file) as opened:
         architecture = opened.metadata.get("general.architecture")
         if not isinstance(architecture, str):
@@ -258,16 +346,20 @@ def _describe(file: Path, name: str, sha256: str | None, source: str | None) -> 
             for tensor in opened.tensors.values():
                 by_format[tensor.format] += tensor.nbytes
             quantization = by_format.most_common(1)[0][0] if by_format else "unknown"
+        if digests is None:
+            digests = [_sha256(path) for path in opened.paths]
+        split = len(digests) > 1
         return Manifest(
             name=name,
             path=file,
-            size=file.stat().st_size,
+            size=opened.size,
             architecture=architecture,
             parameters=sum(math.prod(tensor.shape) for tensor in opened.tensors.values()),
             quantization=quantization,
-            sha256=sha256 or _sha256(file),
+            sha256=hashlib.sha256("\n".join(digests).encode()).hexdigest() if split else digests[0],
             added_at=datetime.now(UTC),
             source=source,
+            parts=tuple(digests) if split else (),
         )
 
 
@@ -276,7 +368,8 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _not_found(name: str) -> ModelNotFoundError:
+def not_found(name: str) -> ModelNotFoundError:
+    """What to raise where no model has `name`: it says where it was looked for, and which names come near."""
     known = {manifest.name for manifest in models()}
     near = difflib.get_close_matches(name.lower(), sorted(known | CATALOG.keys()), n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""

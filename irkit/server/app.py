@@ -24,7 +24,7 @@ from irkit.errors import (
     PullError,
     UnsupportedModelError,
 )
-from irkit.options import LoadOptions, Options, ServeOptions
+from irkit.options import GenerateOptions, LoadOptions, Options, ServeOptions
 from irkit.results import Generation
 from irkit.server import ollama
 from irkit.server.captures import Format, bounded, check_room, sent, without_traces
@@ -135,7 +135,9 @@ def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb, budget: int) -> None
         given: Mapping[str, Any] = dict(asked)
         load = LoadOptions(**{name: given[name] for name in LoadOptions.model_fields})
         session = await sessions.get(asked.model, load)
-        arguments = bounded({name: given[name] for name in names}, budget)
+        # What was left out is the model's own to set, if it has been made with options.
+        given = {n: v for n, v in given.items() if n not in GenerateOptions.model_fields or n in asked.model_fields_set}
+        arguments = bounded({name: given[name] for name in names if name in given}, budget)
         ask = partial(getattr(session, verb.name), **arguments)
         if verb.streams:
             generation: Generation = await to_thread.run_sync(ask)

@@ -229,7 +229,7 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
             await asyncio.wrap_future(session.model.load())
             return JSONResponse(_head(asked) | shape("") | {"done": True, "done_reason": "load"})
         taps = bounded({"capture": asked.capture, "edits": asked.edits}, budget)
-        generation = await to_thread.run_sync(lambda: ask(session, **taps, **dict(options)))
+        generation = await to_thread.run_sync(lambda: ask(session, **taps, **options.model_dump(exclude_unset=True)))
         made = _Answer(asked, session, generation, shape, began)
         if asked.stream:
             return await answer_lines(request, generation, made.objects())

@@ -45,7 +45,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("IRKIT_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("irkit.hub.download.FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr("irkit.hub.download.READ_SECONDS", 0.3)
+    monkeypatch.setattr("irkit.hub.addresses.READ_SECONDS", 0.3)
+    monkeypatch.setattr("irkit.hub.ollama.HOST", "http://127.0.0.1:9")
     return tmp_path / "home"
 
 

@@ -1,5 +1,6 @@
 """A web server on the loopback that keeps to no rule it is told to break, and a small model for it to serve."""
 
+import functools
 import hashlib
 import re
 import threading
@@ -11,9 +12,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from irkit import hub
 from irkit.hub import find, home
 
 PATH = "/tiny.gguf"
+
+pull = functools.partial(hub.pull, allow_private=True)
+"""As at the command line, where the user may name this machine."""
 
 Answer = Callable[["Handler", bytes], None]
 

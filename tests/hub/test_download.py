@@ -18,6 +18,7 @@ from misbehaving import (
     fetched,
     left_over,
     obey,
+    pull,
     stall_after,
     status,
     whole,
@@ -25,7 +26,7 @@ from misbehaving import (
 )
 
 from irkit.errors import PullError
-from irkit.hub import find, home, models, pull
+from irkit.hub import find, home, models
 
 
 def test_a_sound_download_reports_progress_and_registers(hub: FakeHub, address: str, model: bytes) -> None:

@@ -8,12 +8,12 @@ import sys
 import time
 
 import pytest
-from misbehaving import FakeHub, cut_after, fetched, left_over, stall_after
+from misbehaving import FakeHub, cut_after, fetched, left_over, pull, stall_after
 
 from irkit.errors import PullError
-from irkit.hub import home, models, pull
+from irkit.hub import home, models
 
-_PULL = "import sys; from irkit import hub; print(hub.pull(sys.argv[1]).sha256)"
+_PULL = "import sys; from irkit import hub; print(hub.pull(sys.argv[1], allow_private=True).sha256)"
 
 
 def test_a_killed_pull_goes_on_in_another_process(hub: FakeHub, address: str, model: bytes) -> None:

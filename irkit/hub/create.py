@@ -1,0 +1,166 @@
+"""Models made from others: a name of its own for a file, with a template, a system prompt and options."""
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from irkit.errors import IrkitError, ModelFileError, OptionError
+from irkit.hub import gotemplate, registry
+from irkit.hub.download import check_space
+from irkit.options import GenerateOptions, LoadOptions, parse
+
+# What Ollama's models may set, and that has no meaning here.
+_IGNORED = re.compile(
+    "mirostat(_tau|_eta)?|tfs_z|penalize_newline|num_(keep|gpu|gqa|thread|batch)|main_gpu|low_vram|f16_kv|numa|"
+    "logits_all|vocab_only|use_m(map|lock)|embedding_only|draft_num_predict"
+)
+_DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
+
+
+def create(
+    name: str,
+    source: str | Path | registry.Manifest,
+    *,
+    template: str | None = None,
+    system: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    license: str | None = None,
+) -> registry.Manifest:
+    """Registers `name`: the file of `source`, with what a session of it does unless it is told otherwise.
+
+    `source` is a GGUF file, the name of a model, or its manifest; what a model has of its own and is not given here is
+    taken over, `options` one by one. The file stays where it is. `template` is Jinja, or one of the simple Go templates
+    of Ollama's models; where such a one cannot be read, a warning says that the file's own is used. `options` are
+    fields of `GenerateOptions`, and `num_ctx`, as values or as words. What had the name before is replaced.
+
+    Raises:
+        ModelNotFoundError, ModelFileError: there is no such model or file, or the file is damaged.
+        OptionError: the name, the template or an option is none, or the name is that of the only model with a file
+            that irkit fetched.
+    """
+    registry.check_name(name := name.lower())
+    if isinstance(source, registry.Manifest):
+        base = source
+    else:
+        path = registry.resolve(source)
+        base = registry.manifest(source) or registry.describe(Path(os.path.abspath(path)), name)
+    given = checked_options(options or {})
+    return registry.put(
+        replace(
+            base,
+            name=name,
+            added_at=datetime.now(UTC),
+            template=base.template if template is None else checked_template(template),
+            system=base.system if system is None else system,
+            options=base.options | given,
+            license=base.license if license is None else license,
+        )
+    )
+
+
+def copy(source: str, name: str) -> registry.Manifest:
+    """Registers the model `source` under another name as well; both share its file.
+
+    Raises:
+        ModelNotFoundError: there is no model `source`.
+        OptionError: a name cannot be a model's name, or `name` is that of the only model with a file irkit fetched.
+    """
+    manifest = registry.find(source)
+    if manifest is None:
+        raise registry.not_found(source)
+    return registry.put(replace(manifest, name=name.lower(), added_at=datetime.now(UTC)))
+
+
+def checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` as JSON values; those that only Ollama has are left out, with a warning.
+
+    Raises:
+        OptionError: an option is unknown, of the wrong type or out of bounds.
+    """
+    ignored = [name for name in given if _IGNORED.fullmatch(name)]
+    if ignored:
+        warnings.warn(f"without meaning here, and left out: {', '.join(ignored)}", stacklevel=3)
+    load = {name: value for name, value in given.items() if name == "num_ctx"}
+    rest = {name: value for name, value in given.items() if name not in (*ignored, "num_ctx")}
+    parsed = parse(GenerateOptions, rest), parse(LoadOptions, load)
+    return {name: value for each in parsed for name, value in each.model_dump(mode="json", exclude_unset=True).items()}
+
+
+def checked_template(source: str) -> str | None:
+    """`source` as Jinja; None, with a warning, for a Go template that has no simple counterpart in it.
+
+    Raises:
+        OptionError: it is no template.
+    """
+    from irkit.tokenizer.sandbox import compile_template
+
+    if gotemplate.is_go(source):
+        found = gotemplate.to_jinja(source)
+        if found is None:
+            warnings.warn("the template, a Go one, cannot be read here; the model file's own is used", stacklevel=3)
+            return None
+        source = found
+    try:
+        compile_template(source)
+    except ModelFileError as error:
+        raise OptionError(str(error)) from None
+    return source
+
+
+def blob(digest: str) -> Path | None:
+    """The file that was sent as `digest` ("sha256:" and 64 hexadecimal digits), if it is here.
+
+    Raises:
+        OptionError: `digest` is none.
+    """
+    path = _blob_path(digest)
+    return path if path.is_file() else None
+
+
+@contextmanager
+def blob_writer(digest: str, size: int | None = None) -> Iterator[Callable[[bytes], None]]:
+    """Takes a file piece by piece, for `create`: `with blob_writer(digest) as write: write(piece)`.
+
+    It is there, whole, when the block ends; when that raises, or the bytes are not those of `digest`, nothing is left.
+
+    Raises:
+        OptionError: `digest` is none, or the bytes have another.
+        PullError: the disk has no room for `size` bytes.
+        IrkitError: the bytes cannot be written.
+    """
+    path = _blob_path(digest)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_space(path.parent, size or 0)
+        found = hashlib.sha256()
+        with open(partial, "xb") as file:
+
+            def write(piece: bytes) -> None:
+                found.update(piece)
+                file.write(piece)
+
+            yield write
+            file.flush()
+            os.fsync(file.fileno())
+        if found.hexdigest() != path.name.removeprefix("sha256-"):
+            raise OptionError(f"the bytes sent as {digest} have the sha256 {found.hexdigest()}")
+        os.replace(partial, path)
+    except OSError as error:
+        raise IrkitError(f"{error.filename or partial}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _blob_path(digest: str) -> Path:
+    found = _DIGEST.fullmatch(digest)
+    if not found:
+        raise OptionError(f"{digest[:80]!r} is no digest: it must be sha256: and 64 digits 0-9a-f")
+    return registry.home() / "models" / "blobs" / f"sha256-{found[1]}"
