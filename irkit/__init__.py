@@ -3,14 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from irkit import errors, gguf, tokenizer
-from irkit.edits import Edit, ablate, call, patch, scale, steer
+from irkit import errors
 from irkit.errors import IrkitError
-from irkit.trace import Trace
 
 if TYPE_CHECKING:
+    from irkit import gguf, tokenizer
     from irkit.analysis.comparison import compare
+    from irkit.edits import Edit, ablate, call, patch, scale, steer
     from irkit.session import Session
+    from irkit.trace import Trace
     from irkit.tracefile import load_trace
     from irkit.transformer.sampling import sampling_distribution
 
@@ -34,18 +35,22 @@ __all__ = [
     "tokenizer",
 ]
 
-# What needs jax or pydantic is imported when it is first asked for, so that `import irkit` stays quick.
+# Everything is imported when it is first asked for: the command line, which imports this, can hear Ctrl-C at once.
 _LAZY = {
     "Session": "irkit.session",
+    "Trace": "irkit.trace",
     "compare": "irkit.analysis.comparison",
+    "gguf": "irkit.gguf",
     "load_trace": "irkit.tracefile",
     "sampling_distribution": "irkit.transformer.sampling",
-}
+    "tokenizer": "irkit.tokenizer",
+} | dict.fromkeys(("Edit", "ablate", "call", "patch", "scale", "steer"), "irkit.edits")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        module = import_module(_LAZY[name])
+        return module if module.__name__ == f"irkit.{name}" else getattr(module, name)
     raise AttributeError(f"module 'irkit' has no attribute {name!r}")
 
 

@@ -153,6 +153,8 @@ class LoadOptions(Options):
     """Where to compute; if not given, the best one that works here."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads; if not given, the physical cores."""
+    mesh: int | None = Field(default=None, ge=1, le=4096)
+    """Devices to divide each layer among, heads and MLP (tensor parallelism); if not given, one has all."""
 
 
 class TokenizeOptions(Options):

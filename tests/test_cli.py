@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import functools
+import io
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import pytest
 
 import irkit
 from irkit import Session, hub
+from irkit.cli.terminal import wait
 from irkit.hub.registry import clean_name
 
 IRKIT = [sys.executable, "-c", "from irkit.cli import main; main()"]
@@ -97,6 +100,13 @@ def test_version():
         (["create", "m", "--from", "x", "--parameter", "top_k"], 2, "irkit: --parameter must be KEY=VALUE"),
         (["create", "m", "--file", "nosuch"], 2, "irkit: nosuch cannot be read"),
         (["copy", "nosuch", "m"], 1, "irkit: no model 'nosuch'"),
+        (["run", "m", "--temprature", "1"], 2, "irkit: No such option: --temprature"),
+        (["run", "m", "hi", "--temperature"], 2, "irkit: Option '--temperature' requires an argument; irkit"),
+        (["run"], 2, "irkit: Missing argument 'MODEL'; irkit run -h shows"),
+        (["rnu", "m"], 2, "irkit: No such command 'rnu'. Did you mean 'run'?"),
+        (["run", "m", "hi", "--image", "cat.png"], 2, "irkit: there is no --image: models read and write text here"),
+        (["run", "m", "hi", "-n", "9"], 2, "irkit: there is no -n: --num-predict limits"),
+        (["show", "m"], 2, "irkit: there is no show: info shows"),
     ],
     ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
 )
@@ -107,15 +117,12 @@ def test_a_mistake_is_one_line_and_an_exit_code(home, words, code, message):
     assert (done.returncode, done.stdout) == (code, "")
 
 
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [(["run", "m", "--temprature", "1"], r"--temprature\b.*--temperature\b"), (["rnu", "m"], "No such command 'rnu'")],
-)
-def test_a_misspelt_option_or_command_is_named(words, error):
-    done = irkit_(*words)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.search(error, done.stderr.splitlines()[-1])
-    assert "Traceback" not in done.stderr
+def test_without_a_command_there_is_help():
+    done = irkit_()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert irkit_("-h").stdout == done.stdout
+    for name in ("run", "ps", "stop", "doctor"):
+        assert re.search(rf"^  {name}  ", done.stdout, re.M)
 
 
 def test_models_are_added_listed_and_removed(home, model_path):
@@ -223,6 +230,18 @@ def test_the_lens_fits_the_terminal(tiny_path):
     assert terminal.close() == 0
 
 
+def test_no_color_means_none(tiny_path):
+    """What stands out by its weight may stay: https://no-color.org asks about colours."""
+    sent, text = {}, "abcdefghijklmnopqrstuvwxyz0123456789"  # some of it likely to this model
+    for no_color in ("", "1"):
+        terminal = Terminal("lens", str(tiny_path), text, "--k", "1", NO_COLOR=no_color, COLORTERM="truecolor")
+        terminal.rest()
+        assert terminal.close() == 0
+        sent[no_color] = {code for code in terminal.codes if re.search(r"[\[;](3[0-8]|4[0-8]|9[0-7])[;m]", code)}
+    assert not sent["1"]
+    assert any("32" in code for code in sent[""])  # the likeliest are green
+
+
 def test_edits_and_captures_of_an_answer(tiny_path):
     words = ["generate", tiny_path, "hello", "--temperature", 0, "--num-predict", 2, "--json"]
     edits = ["--edits", '[{"op": "scale", "name": "resid_post", "factor": 0, "layers": 1}]']
@@ -255,9 +274,31 @@ def test_ctrl_c_ends_a_single_answer_with_130(answering):
     assert answering.stderr.read() == b""
 
 
-def test_a_reader_that_goes_away_is_no_error(answering):
+# Ctrl-C as soon as this module is about to be imported.
+CTRL_C_AT_IMPORT = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv[1:] = ["list", sys.argv[-1]]
+from irkit.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["irkit.cli.commands", "typer", "numpy", "irkit.session", "pydantic"])
+def test_ctrl_c_while_irkit_starts_is_no_traceback(module):
+    done = subprocess.run([sys.executable, "-c", CTRL_C_AT_IMPORT, module], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout) == (130, b"", b"")
+
+
+def test_a_reader_that_goes_away_ends_it_as_it_ends_others(answering):
     answering.stdout.close()
-    assert answering.wait(30) == 1
+    assert answering.wait(30) == -signal.SIGPIPE
     assert answering.stderr.read() == b""
 
 
@@ -273,10 +314,12 @@ def test_bytes_that_are_no_text(model_path):
 class Terminal:
     """A command in a terminal of its own."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words: str, **variables: str) -> None:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-        environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"}
+        environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"} | variables
+        self.codes: set[str] = set()
+        """The escape sequences that were sent, without their numbers' meaning."""
         self.process = subprocess.Popen(
             [*IN_TERMINAL, *words],
             stdin=theirs,
@@ -309,6 +352,7 @@ class Terminal:
     def _read(self) -> None:
         if select.select([self._ours], [], [], 0.1)[0]:
             text = os.read(self._ours, 65536).decode(errors="replace")
+            self.codes |= set(re.findall(r"\x1b\[[0-9;]*m", text))
             self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]", "", text)
 
     def rest(self) -> str:
@@ -323,6 +367,30 @@ class Terminal:
         code = self.process.wait(30)
         os.close(self._ours)
         return code
+
+
+@pytest.fixture
+def small_terminal(home: Path, tiny_path: Path) -> Iterator[Terminal]:
+    """A prompt loop that answers with two tokens, and whose history holds a command."""
+    (home / "history").write_text("\n# 2026-11-24 00:00:00\n+/help\n")
+    terminal = Terminal("run", str(tiny_path), "--num-predict", "2", "--verbose")
+    yield terminal
+    terminal.process.kill()
+    terminal.process.wait()
+
+
+def test_the_history_is_kept_and_a_paste_of_several_lines_is_one_message(small_terminal):
+    small_terminal.expect(">>>")
+    small_terminal.type("\x1b[A\r")  # up: what was typed before, in another loop
+    small_terminal.expect("Ctrl-C")
+    small_terminal.expect(">>>")
+    small_terminal.type("\x1b[200~/nope\nand more\x1b[201~")
+    small_terminal.expect("and more")
+    small_terminal.type("\r")
+    shown = small_terminal.expect("(?=>>>)")
+    assert "no command" not in shown  # which the first line alone would be
+    small_terminal.type("\x04")
+    assert small_terminal.close() == 0
 
 
 @pytest.fixture
@@ -359,13 +427,26 @@ def test_pulling_shows_its_progress_on_a_terminal_only(home, address, model_path
 
 @pytest.mark.parametrize(
     ("words", "offered"),
-    [("irkit detok", "detokenize"), ("irkit run x --prec", "--precision"), ("irkit run x --precision e", "exact")],
+    [
+        ("detok", ["detokenize"]),
+        ("run x --prec", ["--precision"]),
+        ("run x --precision e", ["exact"]),
+        ("run smol", ["smollm2", "smolly"]),
+        ("stop smoll", ["smollm2", "smolly"]),
+        ("trace smolly --red", ["--reduce"]),
+    ],
 )
-def test_shells_complete_commands_options_and_choices(monkeypatch, words, offered):
-    monkeypatch.setenv("_IRKIT_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", words)
-    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
-    assert irkit_().stdout.split() == [offered]
+def test_bash_completes_commands_models_options_and_choices(home, tiny_path, tmp_path, words, offered):
+    """By the script that `irkit --show-completion bash` prints, in a bash of its own."""
+    hub.add(tiny_path, "smolly")
+    program = tmp_path / "irkit"
+    program.write_text(f"#!{sys.executable}\nfrom irkit.cli import main\nmain()\n")
+    program.chmod(0o700)
+    given = f"COMP_WORDS=(irkit {words}); COMP_CWORD={len(words.split())}"
+    script = f'eval "$(irkit --show-completion bash)"; {given}; _irkit_completion irkit; echo "${{COMPREPLY[@]}}"'
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", script], env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (offered, "")
 
 
 @pytest.mark.parametrize("terminal", [6], indirect=True)
@@ -418,3 +499,26 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves_the_loop(terminal):
 def test_without_a_terminal_there_is_no_prompt_loop(model_path):
     done = irkit_("chat", model_path)
     assert (done.returncode, done.stderr) == (2, "irkit: a prompt loop needs a terminal\n")
+
+
+class Shown(io.StringIO):
+    """What a terminal was sent."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_waiting_long_is_shown_and_taken_away(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", shown := Shown())
+    done = Future[int]()
+    threading.Timer(0.7, done.set_result, [7]).start()
+    assert wait(done, "loading m") == 7
+    assert re.fullmatch(r"\rloading m, [01] s\r +\r", shown.getvalue())
+    quick, failed = Future[int](), Future[int]()
+    quick.set_result(8)
+    failed.set_exception(irkit.IrkitError("no"))
+    monkeypatch.setattr(sys, "stderr", shown := Shown())
+    assert wait(quick, "loading m") == 8
+    with pytest.raises(irkit.IrkitError, match=r"^no$"):
+        wait(failed, "loading m")
+    assert shown.getvalue() == ""

@@ -1,13 +1,14 @@
 """The command line: each verb of a `Session` as a command, and commands for the models on this machine."""
 
-import os
 import sys
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from irkit.cli.loop import prompt_loop
-from irkit.cli.terminal import quit_on_ctrl_c, say
+from irkit.cli.terminal import end_as_by_sigpipe, quit_on_ctrl_c, say
 from irkit.errors import IrkitError, OptionError
+
+if TYPE_CHECKING:
+    from irkit.cli.loop import prompt_loop
 
 __all__ = ["main", "prompt_loop"]
 
@@ -24,9 +25,9 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
         try:
-            from irkit.cli.commands import app
+            from irkit.cli.commands import run
 
-            app(prog_name="irkit")
+            code = run()
         finally:
             sys.stdout.flush()
     except OptionError as error:
@@ -36,11 +37,19 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read our output has gone; without this Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        end_as_by_sigpipe()
+    sys.exit(code)
 
 
 def _fail(error: IrkitError, code: int) -> NoReturn:
     say(f"irkit: {error}")
     sys.exit(code)
+
+
+def __getattr__(name: str) -> Any:
+    # What `main` does not need yet would keep Ctrl-C waiting.
+    if name == "prompt_loop":
+        from irkit.cli.loop import prompt_loop
+
+        return prompt_loop
+    raise AttributeError(f"module 'irkit.cli' has no attribute {name!r}")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ import typer
 import irkit
 from irkit import hub
 from irkit.as_json import as_json
-from irkit.cli.terminal import ctrl_c_raises, is_terminal, printable, progress_bar, say
+from irkit.cli import hints, remote
+from irkit.cli.terminal import ctrl_c_raises, end_as_by_sigpipe, is_terminal, printable, progress_bar, say, wait
 from irkit.cli.words import convert, declare, label
 from irkit.errors import OptionError
 from irkit.options import BenchOptions, GenerateOptions, ServeOptions, parse
-from irkit.results import Generation, Lens
+from irkit.results import Generation, Lens, columns
 from irkit.session import Session
 from irkit.trace import Trace, size
 from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, option_parameters, verbs
@@ -33,11 +35,13 @@ _OWN = frozenset(GenerateOptions.model_fields)
 
 app = typer.Typer(
     help=irkit.__doc__,
-    no_args_is_help=True,
     rich_markup_mode=None,  # importing rich takes longer than printing the help
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# Newer versions of Typer raise a copy of click's errors, of which they show this one alone.
+_UsageError: Any = typer.BadParameter.__base__
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Say on stderr what runs, and how fast.")]
@@ -45,7 +49,8 @@ Prompt = Annotated[str | None, typer.Argument(help="What to ask; without it, a p
 
 
 def _model_names(incomplete: str) -> list[str]:
-    return [model.name for model in hub.models() if model.name.startswith(incomplete)]
+    known = {model.name for model in hub.models()} | hub.CATALOG.keys()
+    return sorted(name for name in known if name.startswith(incomplete))
 
 
 Output = Annotated[
@@ -53,6 +58,7 @@ Output = Annotated[
     typer.Option("--output", "-o", help="Keep the trace in this file, as safetensors.", metavar="FILE"),
 ]
 Models = Annotated[list[str], typer.Argument(help="Names of models, or paths.", metavar="MODEL")]
+Running = Annotated[list[str], typer.Argument(help="Names of models.", metavar="MODEL", autocompletion=_model_names)]
 Name = Annotated[str, typer.Argument(help="The name of a model.", metavar="NAME", autocompletion=_model_names)]
 
 _Function = Callable[..., None]
@@ -73,6 +79,8 @@ def _command(name: str, parameters: Sequence[inspect.Parameter] = ()) -> Callabl
                 function(**given)
             except KeyboardInterrupt:
                 raise typer.Exit(130) from None
+            except BrokenPipeError:
+                end_as_by_sigpipe()
 
         if parameters:
             context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
@@ -105,8 +113,34 @@ def _show_version(wanted: bool) -> None:
 Version = Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)]
 
 
-@app.callback()
-def _irkit(version: Version = False) -> None: ...
+@app.callback(invoke_without_command=True)
+def _irkit(context: typer.Context, version: Version = False) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def run() -> int:
+    """Run the command that `sys.argv` names; its exit code.
+
+    Raises:
+        OptionError: a mistake in the command.
+        IrkitError: what it could not do.
+    """
+    try:
+        return app(prog_name="irkit", standalone_mode=False) or 0
+    except _UsageError as error:
+        raise OptionError(_explained(error)) from None
+
+
+def _explained(error: Any) -> str:
+    """One line for what the parser says: with what another program means by the word, or where to read more."""
+    message, path = error.format_message(), error.ctx.command_path if error.ctx else "irkit"
+    quoted = re.search("'(.*?)'", message)
+    option, command = getattr(error, "option_name", None), quoted[1] if quoted and path == "irkit" else None
+    hint = hints.for_option(option) if option else hints.for_command(command) if command else None
+    if hint:
+        return f"there is no {option or command}: {hint}"
+    return f"{message.removesuffix('.')}; {path} -h shows what there is"
 
 
 @_command(
@@ -147,6 +181,45 @@ def _serve(**given: Any) -> None:
         serve(parse(ServeOptions, _values(option_parameters(ServeOptions), given)))
 
 
+@_command("ps")
+def _ps(in_json: Json = False) -> None:
+    """List the models that a running server holds."""
+    models = remote.running()
+    if in_json:
+        print(json.dumps(models, ensure_ascii=False))
+        return
+    rows = [["NAME", "SIZE", "CONTEXT", "UNTIL"]]
+    for m in models:
+        held = size(m["size"]) if isinstance(m.get("size"), int) else ""
+        rows.append([str(m["name"]), held, str(m.get("context_length", "")), remote.until(m.get("expires_at"))])
+    _print_table(rows)
+
+
+@_command("stop")
+def _stop(models: Running) -> None:
+    """Have a running server let go of models, and cancel what it makes with them."""
+    for model in models:
+        remote.stop(model)
+
+
+@_command("doctor")
+def _doctor(in_json: Json = False) -> None:
+    """Look at everything irkit needs here, and say what is wrong and how to mend it; then the exit code is 1."""
+    from irkit.cli import doctor
+
+    broken, found = False, []
+    for check in doctor.examine():
+        broken |= check.status == "broken"
+        found.append(asdict(check))
+        if not in_json:
+            print(printable(f"{check.status:<7} {check.name:<12} {check.found}"))
+            if check.mend:
+                print(f"{'':20} -> {check.mend}")
+    if in_json:
+        print(json.dumps(found, ensure_ascii=False))
+    raise typer.Exit(int(broken))
+
+
 @_command(
     "bench", [_parameter("models", Models, ["smollm2"]), *map(declare, option_parameters(BenchOptions)), _IN_JSON]
 )
@@ -180,9 +253,7 @@ def _list(in_json: Json = False) -> None:
     for m in models:
         size, parameters = f"{m.size / 1e6:,.0f} MB", f"{m.parameters / 1e6:,.0f} M"
         rows.append((m.name, size, parameters, m.quantization, f"{m.added_at:%Y-%m-%d}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    _print_table(rows)
 
 
 @_command("pull")
@@ -254,6 +325,11 @@ def _copy(source: Name, name: Annotated[str, typer.Argument(help="What to call i
 def _rm(name: Name) -> None:
     """Remove a model; a file that irkit did not fetch itself stays."""
     hub.remove(name)
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    for row in columns(rows):
+        print(printable("  ".join(row).rstrip()))
 
 
 def _add_verb(verb: Verb) -> None:
@@ -331,7 +407,7 @@ def _answer(session: Session, ask: Callable[[], Generation], in_json: bool, verb
     generation = ask()
     try:
         if info:
-            say(info.result().backend)
+            say(wait(info, f"loading {session.name}").backend)
         if in_json:
             _show(generation, in_json)
         else:

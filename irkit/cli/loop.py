@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from irkit import hub
-from irkit.cli.terminal import is_terminal, say
+from irkit.cli.terminal import is_terminal, say, wait
 from irkit.errors import IrkitError, OptionError
 from irkit.options import GenerateOptions
 
@@ -32,7 +32,7 @@ def prompt_loop(session: "Session", system: str | None, options: GenerateOptions
         raise OptionError("a prompt loop needs a terminal")
     session.model.load()
     prompt = _prompt_session()
-    say(session.model.submit(session.info).result().backend)
+    say(wait(session.model.submit(session.info), f"loading {session.name}").backend)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while True:

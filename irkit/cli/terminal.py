@@ -1,14 +1,23 @@
 """What goes to the terminal beside the answers: messages, and a progress bar, on stderr."""
 
+import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from rich.progress import Progress
+
+
+_Result = TypeVar("_Result")
+_PATIENCE = 0.5
+"""Seconds to wait without a word."""
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -34,6 +43,33 @@ def quit_on_ctrl_c() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def end_as_by_sigpipe() -> NoReturn:
+    """End the process as other programs end when whoever reads their output has gone.
+
+    Python ignores the signal, and would complain about the output that is left.
+    """
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
+    os._exit(1)  # Windows has no such signal
+
+
+def wait(future: "Future[_Result]", what: str) -> _Result:
+    """The result of `future`; a terminal shows what it is waited for, if it takes long, and for how long."""
+    if not is_terminal(sys.stderr):
+        return future.result()
+    began, shown = time.monotonic(), ""
+    while not future.done():
+        with contextlib.suppress(TimeoutError):
+            future.exception(timeout=_PATIENCE)
+            break
+        shown = f"{what}, {time.monotonic() - began:.0f} s"
+        print(f"\r{shown}", end="", file=sys.stderr, flush=True)
+    if shown:
+        print(f"\r{' ' * len(shown)}\r", end="", file=sys.stderr, flush=True)
+    return future.result()
 
 
 @contextmanager

@@ -197,7 +197,7 @@ def _device(name: Backend, listed: list[str], started: list[str], *, retry: bool
         # By default jax takes three quarters of the GPU's memory, and a second notebook finds none.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
-        return jax.devices(wanted)[0]
+        return jax.local_devices(backend=wanted)[0]
     except RuntimeError as error:
         raise BackendError(f"{failed}{_shorten(str(error))}") from None
 

@@ -54,7 +54,7 @@ def open_model(path: Path, options: LoadOptions) -> Model:
         status = path.stat()
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
-    settings = options.precision, options.backend, options.threads, options.cache_type
+    settings = options.precision, options.backend, options.threads, options.cache_type, options.mesh
     key = path.resolve(), status.st_mtime_ns, status.st_size, *settings
     with _opening:
         model = _open.get(key)
@@ -77,12 +77,14 @@ class Model:
         backend: Backend | None,
         threads: int | None,
         cache_type: CacheType | None = None,
+        mesh: int | None = None,
     ) -> None:
         self.path = path
         self.precision: Precision = precision
         self.backend: Backend | None = backend
         self.threads = threads
         self.cache_type: CacheType | None = cache_type
+        self.mesh = mesh
         self.file = gguf.open(path)
         self.config = families.read_config(self.file)
         self._runtime: Future[Runtime] | None = None
@@ -308,14 +310,16 @@ class Model:
             chat_template="tokenizer.chat_template" in meta,
             precision=self.precision,
             backend=selected.line,
-            kernels=_kernels(self.precision, selected.name),
+            kernels=_kernels(self.precision, selected.name, self.mesh),
         )
 
 
-def _kernels(precision: Precision, backend: Backend) -> str:
+def _kernels(precision: Precision, backend: Backend, mesh: int | None) -> str:
     """Which kernels compute for a session, as `Info` shows it."""
     from irkit.kernels.cpu import library
 
+    if mesh:
+        return f"xla, on {mesh} device{'s' * (mesh > 1)}"
     if backend != "cpu":
         return "xla"
     return library.describe() if precision == "fast" else "xla (precision is exact)"

@@ -17,13 +17,16 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jaxlib.version
 from jax.experimental import serialize_executable
 
 from irkit import hub
+
+if TYPE_CHECKING:
+    from irkit.engine.sharding import Layout
 
 Program: TypeAlias = Callable[..., Any]
 Device: TypeAlias = Any
@@ -44,6 +47,7 @@ def load_or_compile(
     donate: int | None = None,
     keep: bool = True,
     repack: bool = False,
+    layout: Layout | None = None,
     **static: Any,
 ) -> Program:
     """`partial(function, **static)`, compiled for `device` and arguments of these shapes.
@@ -55,27 +59,31 @@ def load_or_compile(
         donate: The index of the argument whose buffers the result takes over.
         keep: Whether to keep it on disk; not where `static` holds what only this process knows.
         repack: Whether XLA may lay out all weights anew at the first call, for faster ones later; on the CPU.
+        layout: How the arguments lie on several devices, of which `device` is one.
         static: Keyword arguments fixed when compiling; their repr must tell them apart.
     """
     leaves, tree = jax.tree.flatten(arguments)
     shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
-    what = repr((function.__module__, function.__qualname__, static, donate, tree, shapes, repack))
+    what = repr((function.__module__, function.__qualname__, static, donate, tree, shapes, repack, layout))
     path = hub.home() / "programs" / hashlib.sha256((_surroundings(device) + what).encode()).hexdigest()
+    run: Callable[..., Any] = partial(function, **static)
+    if layout:
+        run, arguments = layout.results(run), layout.arguments(arguments)
     if not keep:
-        return _compiled(function, arguments, device, donate, repack, static)
-    return _load(path, device) or _compile(path, function, arguments, device, donate, repack, static)
+        return _compiled(run, arguments, device, donate, repack)
+    devices = list(layout.mesh.devices.flat) if layout else [device]
+    return _load(path, devices) or _compile(path, run, arguments, device, donate, repack)
 
 
 def _compile(
     path: Path,
-    function: Callable[..., Any],
+    run: Callable[..., Any],
     arguments: Sequence[Any],
     device: Device,
     donate: int | None,
     repack: bool,
-    static: dict[str, Any],
 ) -> Program:
-    program = _compiled(function, arguments, device, donate, repack, static)
+    program = _compiled(run, arguments, device, donate, repack)
     try:
         _write(path, pickle.dumps(serialize_executable.serialize(program)))
     except Exception as error:  # a backend that cannot serialize, a full disk: only speed is lost
@@ -84,24 +92,19 @@ def _compile(
 
 
 def _compiled(
-    function: Callable[..., Any],
-    arguments: Sequence[Any],
-    device: Device,
-    donate: int | None,
-    repack: bool,
-    static: dict[str, Any],
+    run: Callable[..., Any], arguments: Sequence[Any], device: Device, donate: int | None, repack: bool
 ) -> Any:
     # jax-metal and jax-mps do not implement donation, and say so at every call.
     donated = () if donate is None or device.platform not in ("cpu", "gpu", "cuda") else (donate,)
     with jax.default_device(device):
-        lowered = jax.jit(partial(function, **static), donate_argnums=donated).lower(*arguments)
+        lowered = jax.jit(run, donate_argnums=donated).lower(*arguments)
     try:
         return lowered.compile(_COMPILER_OPTIONS if device.platform == "cpu" and not repack else None)
     except jax.errors.JaxRuntimeError:  # an older jax, which does not know the option
         return lowered.compile()
 
 
-def _load(path: Path, device: Device) -> Program | None:
+def _load(path: Path, devices: Sequence[Device]) -> Program | None:
     try:
         kept = path.read_bytes()
         os.utime(path)  # it was used now
@@ -110,8 +113,8 @@ def _load(path: Path, device: Device) -> Program | None:
     try:
         load = serialize_executable.deserialize_and_load
         # By default a program is loaded for all devices of the backend; jax 0.5.0 takes it from the program.
-        chosen = {"execution_devices": [device]} if "execution_devices" in inspect.signature(load).parameters else {}
-        return load(*pickle.loads(kept), backend=device.client, **chosen)
+        chosen = {"execution_devices": devices} if "execution_devices" in inspect.signature(load).parameters else {}
+        return load(*pickle.loads(kept), backend=devices[0].client, **chosen)
     except Exception as error:  # written by another build of the backend, or damaged: compile it again
         _log.debug("kept program not usable: %s", error)
         return None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from irkit import families
-from irkit.engine import backends, steps, weights
+from irkit.engine import backends, sharding, steps, weights
 from irkit.engine.cache import SMALLEST
 from irkit.engine.programs import Device, Program, load_or_compile
 from irkit.engine.tapping import Tapping
@@ -71,10 +71,14 @@ class Runtime:
         self.config = model.config
         self.device = selected.device
         self.threads = selected.threads
+        self.layout = sharding.layout(model.mesh, model.config, selected)
+        self.at = self.layout.whole if self.layout else self.device
+        self._cache_at = self.layout.cache if self.layout else self.device
         self.dtype = jnp.dtype(_FAST[selected.name] if fast and selected.name in _FAST else jnp.float32)
         # Sorting and branching are what Apple's backends are worst at: there the CPU draws the tokens.
         self._drawer = jax.devices("cpu")[0] if selected.name in ("metal", "mps") else self.device
-        kernels = library.load() if fast and selected.name == "cpu" and library.register() else None
+        alone = fast and selected.name == "cpu" and not self.layout  # what is packed cannot be divided
+        kernels = library.load() if alone and library.register() else None
         self.packed = kernels is not None
         chosen = model.cache_type or ("f16" if self.packed else None)
         self.cache_dtype = jnp.dtype({"f16": jnp.float16, "f32": jnp.float32}[chosen]) if chosen else self.dtype
@@ -87,6 +91,8 @@ class Runtime:
         self._compiling = threading.Lock()
         plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
         self._shapes = jax.tree.map(self._shape, plans)
+        if self.layout:
+            self._shapes = self.layout.parameters(self._shapes)
         self._small = self.packed and weights.total(plans) <= _SMALL_BYTES
         # One thread, in the order of need: two would make the first program wait for the second.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
@@ -98,7 +104,8 @@ class Runtime:
         self._background.submit(self._reader, 32, capacity, False)
         self.prepare(capacity, capacity, top=False)
         with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
-            self.params = jax.tree.map(self._place, plans, weights.read(model.file, plans, kernels, pool))
+            values = weights.read(model.file, plans, kernels, pool)
+            self.params = jax.tree.map(self._place, plans, values, self._shapes)
 
     def _shape(self, plan: weights.Plan) -> Any:
         shape = plan.weight.shape
@@ -107,12 +114,12 @@ class Runtime:
             return cpu.Packed(jax.ShapeDtypeStruct((plan.nbytes,), jnp.uint8), plan.form, (rows, cols))
         return jax.ShapeDtypeStruct(shape, self.dtype if len(shape) == 2 else jnp.float32)
 
-    def _place(self, plan: weights.Plan, reading: Callable[[], np.ndarray]) -> Any:
+    def _place(self, plan: weights.Plan, reading: Callable[[], np.ndarray], shape: Any) -> Any:
         value = reading()
         if plan.form is not None:
             rows, cols = plan.weight.shape
             return cpu.Packed(jax.device_put(value, self.device), plan.form, (rows, cols))
-        return jax.device_put(value.astype(self.dtype, copy=False) if value.ndim == 2 else value, self.device)
+        return sharding.put(value.astype(shape.dtype, copy=False), shape.sharding or self.device)
 
     @property
     def at_once(self) -> int:
@@ -121,7 +128,8 @@ class Runtime:
 
     def settings(self, options: SamplingOptions, seed: int) -> Settings:
         """Sampling settings, on the device that draws."""
-        return jax.device_put(sampling.settings([options], [seed], self.config.d_vocab), self._drawer)
+        made = sampling.settings([options], [seed], self.config.d_vocab)
+        return self.layout.agreed(made) if self.layout else jax.device_put(made, self._drawer)
 
     def empty(self, capacity: int, rows: int = 1) -> KVCache:
         """A cache with room for `capacity` tokens in each row."""
@@ -141,18 +149,19 @@ class Runtime:
         layers = list(zip(cache.keys, cache.values, strict=True))
         program = self._program(steps.moved, (cache.capacity,), lambda: (*layers[0], *arguments))
         keys, values = zip(*(program(*layer, *arguments) for layer in layers), strict=True)
-        tokens = jax.device_put(np.asarray(cache.tokens)[:, origin], self.device)
-        return KVCache(list(keys), list(values), tokens)
+        tokens = jax.device_put(np.asarray(cache.tokens)[:, origin], self.at)
+        keys, values = jax.device_put((list(keys), list(values)), self._cache_at)
+        return KVCache(keys, values, tokens)
 
     def filled(self, keys: np.ndarray, values: np.ndarray, ids: Sequence[int], capacity: int) -> KVCache:
         """A cache that holds these `keys` and `values`, `[layer, kv_head, position, d_head]`."""
         width = ((0, 0), (0, 0), (0, capacity - len(ids)), (0, 0))
 
         def placed(layers: np.ndarray) -> list[jax.Array]:
-            return [jax.device_put(np.pad(layer[None], width), self.device) for layer in layers]
+            return [jax.device_put(np.pad(layer[None], width), self._cache_at) for layer in layers]
 
         tokens = np.pad(np.array([ids], np.int32), width[1:3])
-        return KVCache(placed(keys), placed(values), jax.device_put(tokens, self.device))
+        return KVCache(placed(keys), placed(values), jax.device_put(tokens, self.at))
 
     def prepare(self, capacity: int, soon: int, top: bool) -> None:
         """Compile beside what goes on what decoding needs at `capacity`, and when it has grown to `soon`."""
@@ -326,7 +335,7 @@ class Runtime:
 
     def divergence(self, first: jax.Array, second: jax.Array) -> readings.Divergence:
         """How far log-probabilities `[n, d_vocab]` are from those of another model, wherever it computes."""
-        both = first, jax.device_put(second, self.device)
+        both = first, jax.device_put(second, self.at)
         return self._program(readings.divergence, (first.shape,), lambda: both)(*both)
 
     def pattern_sums(
@@ -370,8 +379,9 @@ class Runtime:
 
     def _cache(self, capacity: int, rows: int = 1) -> KVCache:
         config = self.config
-        layer = jax.ShapeDtypeStruct((rows, config.n_kv_heads, capacity, config.d_head), self.cache_dtype)
-        layers: Any = [layer] * config.n_layers
+        shape = rows, config.n_kv_heads, capacity, config.d_head
+        where = self.layout.cache if self.layout else None
+        layers: Any = [jax.ShapeDtypeStruct(shape, self.cache_dtype, sharding=where)] * config.n_layers
         return KVCache(layers, layers, jax.ShapeDtypeStruct((rows, capacity), jnp.int32))  # pyright: ignore[reportArgumentType]
 
     def _program(
@@ -398,6 +408,7 @@ class Runtime:
                 # A trace reads whole prompts, and no answer's first token waits for it.
                 repack = function is steps.trace and not self.packed
                 how = {"device": device or self.device, "donate": donate, "keep": not spec.calls, "repack": repack}
+                how |= {"layout": self.layout}
                 program.set_result(load_or_compile(function, arguments(), **how, **static))
                 if spec:
                     self._forget_all_but(_MOST_TAPPED, key)

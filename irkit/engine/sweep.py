@@ -184,7 +184,7 @@ def _table(runtime: Runtime, common: Common, point: str, entry: int) -> Any:
     else:
         corrupt = np.asarray(common.streams[layer + 1][1])
         alternatives = [corrupt, _mid(common, layer) + np.asarray(kept["hook_mlp_out"][0])]
-    return jax.device_put(np.concatenate(alternatives), runtime.device)
+    return jax.device_put(np.concatenate(alternatives), runtime.at)
 
 
 def _mid(common: Common, layer: int) -> np.ndarray:
