@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from irkit.analysis import LogitLens
     from irkit.trace import Trace
     from irkit.widgets.attention import AttentionView
+    from irkit.widgets.lens import LensView
 
-__all__ = ["attention"]
+__all__ = ["attention", "lens"]
 
 
 def attention(trace: Trace, text: int = 0, **chosen: Any) -> AttentionView:
@@ -31,3 +33,20 @@ def attention(trace: Trace, text: int = 0, **chosen: Any) -> AttentionView:
     from irkit.widgets.attention import AttentionView
 
     return AttentionView(trace, text, **chosen)
+
+
+def lens(found: LogitLens, **chosen: Any) -> LensView:
+    """A logit lens: the likeliest next token of each layer at each position, and one token followed through them.
+
+    Args:
+        found: What `Session.lens` or `irkit.analysis.logit_lens` returns.
+        chosen: What to begin with: `layer` (as the lens names it), `position`, `locked`, `shown` ("probability", "kl"
+            or "rank"), `colours` ("viridis" or "cividis").
+
+    Raises:
+        OptionError: there is nothing like what was chosen, or irkit's extra `notebook` is not installed.
+    """
+    import irkit.widgets.base  # noqa: F401 - first, as it says so if something is not installed
+    from irkit.widgets.lens import LensView
+
+    return LensView(found, **chosen)

@@ -92,7 +92,8 @@ ORDER = [
 # the server.
 OPENS = {("session", "cli"), ("session", "widgets"), ("cli", "server")}
 # `view()` of what is found out, and `irkit.view`.
-OPENS |= {("trace", "view"), ("trace", "widgets"), ("view", "widgets")}
+OPENS |= {("analysis", "view"), ("analysis", "widgets"), ("trace", "view"), ("trace", "widgets")}
+OPENS |= {("view", "widgets"), ("view", "analysis"), ("widgets", "analysis"), ("session", "analysis")}
 
 
 def imports(file: Path) -> set[str]:

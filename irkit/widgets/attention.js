@@ -160,7 +160,6 @@ function render({ model, el }) {
     const [tall, wide] = size;
     context.font = `10px ${font}`;
     context.fillStyle = faint;
-    context.textBaseline = "middle";
     if (get("sort") === "model") {
       context.textAlign = "center";
       const every = Math.ceil(20 / step);
@@ -176,7 +175,6 @@ function render({ model, el }) {
     context.imageSmoothingEnabled = wide > cell * (window.devicePixelRatio || 1);
     context.imageSmoothingQuality = "high";
     context.strokeStyle = line;
-    context.lineWidth = 1;
     places.forEach((index, place) => {
       const [column, row] = spot(place);
       const [x, y] = [left + column * step, top + row * step];
@@ -220,7 +218,6 @@ function render({ model, el }) {
     const context = sheet(map, left + width + 2, top + height + 2);
     const found = data();
     context.font = `11px ${font}`;
-    context.textBaseline = "middle";
     const [row, key] = focus();
     const every = named ? 1 : Math.ceil(24 / across);
     for (let at = 0; at < nKeys; at += every) {
@@ -253,7 +250,6 @@ function render({ model, el }) {
     context.globalAlpha = 0.75;
     if (row >= 0 && (reading() || pointed)) context.strokeRect(left, top + row * down, width, Math.max(down, 1));
     if (key >= 0 && (!reading() || pointed)) context.strokeRect(left + key * across, top, Math.max(across, 1), height);
-    context.globalAlpha = 1;
   }
   /** Row and key that the map marks: those under the pointer, else the chosen token's. */
   function focus() {
@@ -277,6 +273,7 @@ function render({ model, el }) {
       span.style.background = shares.get(at) ? `color-mix(in srgb, var(--irkit-accent) ${shares.get(at)}%, transparent)` : "";
       span.classList.toggle("irkit-here", at === token);
     });
+    if (preview === null) text.scrollTop = spans[token].offsetTop - text.offsetTop - text.clientHeight / 2;
     all.sort((a, b) => b.weight - a.weight || a.token - b.token);
     const verb = reading() ? "reads" : "is read by";
     table.replaceChildren(

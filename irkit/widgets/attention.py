@@ -12,10 +12,10 @@ import traitlets
 from irkit.errors import OptionError
 from irkit.trace import Trace
 from irkit.widgets import base
+from irkit.widgets.choosing import choose
 
 THUMBNAIL = 48
 """Pixels of a thumbnail's side, at most."""
-CHOSEN = ("layer", "head", "token", "locked", "sort", "direction", "mask_first", "colours")
 _POINT = "attn.hook_pattern"
 _LISTED = 5
 """Heads that the static twin lists for each score."""
@@ -29,17 +29,17 @@ class AttentionView(base.View):
 
     info = traitlets.Dict().tag(sync=True)
     thumbnails = traitlets.Bytes().tag(sync=True)
-    layer = traitlets.Int().tag(sync=True)
+    layer = traitlets.Int().tag(sync=True, choice=True)
     """The layer whose head is shown in full, as the model counts."""
-    head = traitlets.Int().tag(sync=True)
-    token = traitlets.Int().tag(sync=True)
+    head = traitlets.Int().tag(sync=True, choice=True)
+    token = traitlets.Int().tag(sync=True, choice=True)
     """The position of the token that is looked at."""
-    locked = traitlets.Bool(False).tag(sync=True)
+    locked = traitlets.Bool(False).tag(sync=True, choice=True)
     """Whether the pointer leaves `token` as it is."""
-    sort = traitlets.Enum(["model", "entropy", "previous_token", "induction"], "model").tag(sync=True)
-    direction = traitlets.Enum(["reads", "read_by"], "reads").tag(sync=True)
-    mask_first = traitlets.Bool(False).tag(sync=True)
-    colours = traitlets.Enum(["viridis", "cividis"], "viridis").tag(sync=True)
+    sort = traitlets.Enum(["model", "entropy", "previous_token", "induction"], "model").tag(sync=True, choice=True)
+    direction = traitlets.Enum(["reads", "read_by"], "reads").tag(sync=True, choice=True)
+    mask_first = traitlets.Bool(False).tag(sync=True, choice=True)
+    colours = traitlets.Enum(["viridis", "cividis"], "viridis").tag(sync=True, choice=True)
 
     def __init__(self, trace: Trace, text: int = 0, **chosen: Any) -> None:
         """Of one `text` of the trace's batch; `chosen` are values for the traits.
@@ -79,13 +79,7 @@ class AttentionView(base.View):
             },
             thumbnails=small.tobytes(),
         )
-        for name, value in chosen.items():
-            if name not in CHOSEN:
-                raise OptionError(f"there is no {name!r} to choose; there are {', '.join(CHOSEN)}")
-            try:
-                setattr(self, name, value)
-            except traitlets.TraitError as error:
-                raise OptionError(f"{name}: {error}") from error
+        choose(self, chosen)
         self.on_msg(self._asked)
 
     def _asked(self, _: Any, message: dict[str, Any], buffers: Any) -> None:

@@ -129,7 +129,7 @@ function oncePerFrame(draw) {
   };
 }
 
-/** Makes the canvas so large, in CSS pixels, and gives its cleared context, scaled to the device's pixels. */
+/** Makes the canvas so large, in CSS pixels, and gives its context, cleared and scaled to the device's pixels. */
 function sheet(canvas, width, height) {
   const scale = window.devicePixelRatio || 1;
   const [across, down] = [Math.round(width * scale), Math.round(height * scale)];
@@ -139,6 +139,7 @@ function sheet(canvas, width, height) {
   const context = canvas.getContext("2d");
   context.setTransform(scale, 0, 0, scale, 0, 0);
   context.clearRect(0, 0, width, height);
+  Object.assign(context, { lineWidth: 1, textAlign: "left", textBaseline: "middle", globalAlpha: 1 });
   return context;
 }
 
