@@ -70,6 +70,7 @@ class Session:
         self._model: Model | None = open_model(hub.ensure(model), self.options)
         self._cache = self._model.new_cache(self.options.num_ctx)
         self._edits: list[Edit] = []
+        self._pooled = False
 
     @property
     def model(self) -> Model:
@@ -94,8 +95,7 @@ class Session:
         """
         parsed = parse(GenerateOptions, options)
         self.model.load()  # tokenizing goes on beside it
-        taps = self._taps(capture, edits)
-        return self.model.generate(self._ids(prompt, "prompt"), parsed, self._cache, *taps)
+        return self._answer(self._ids(prompt, "prompt"), parsed, capture, edits)
 
     @accepts(GenerateOptions)
     def respond(
@@ -117,7 +117,7 @@ class Session:
         ids = model.template.encode(model.tokenizer, messages, tools=tools)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
         parsed = parsed.model_copy(update={"stop": (*parsed.stop, *model.template.stop)})
-        return model.generate(ids, parsed, self._cache, *self._taps(capture, edits))
+        return self._answer(ids, parsed, capture, edits)
 
     @accepts(TokenizeOptions)
     def tokenize(self, text: PlainText, **options: Any) -> list[int]:
@@ -262,10 +262,39 @@ class Session:
         self.cache._put(snapshot)
 
     @python_only
+    @accepts(GenerateOptions)
+    def generate_many(
+        self, prompts: Texts, capture: Captures = None, edits: Edits = None, **options: Any
+    ) -> list[Generation]:
+        """Continue several texts at once, which takes much less time than one after the other.
+
+        Each answer is the same as alone, to the bit on a CPU's kernels; with a `seed`, all draw with that one. The
+        session's own cache is left as it is.
+
+        Raises:
+            ContextFullError: a prompt does not fit the context.
+            OptionError: an option is unknown or out of bounds.
+        """
+        several = self.pooled()
+        rows = self._rows(prompts)
+        return [several.generate(ids, capture, edits, **options) for ids in rows]
+
+    @python_only
+    def pooled(self) -> "Session":
+        """A session of the same model for answers that have nothing to do with each other, made at once.
+
+        Each takes, of the caches that earlier ones have left, that which begins most like its prompt; `cache` stays
+        empty. This is how the server computes.
+        """
+        made = copy.copy(self)
+        made._cache, made._pooled = self.model.new_cache(self._cache.n_ctx), True
+        return made
+
+    @python_only
     def fork(self) -> "Session":
         """A session of the same model whose cache begins as a fork of this one's: the same, and then independent."""
         made = copy.copy(self)
-        made._cache, made._edits = self.cache.fork()._cache, []
+        made._cache, made._edits, made._pooled = self.cache.fork()._cache, [], False
         return made
 
     @python_only
@@ -309,7 +338,9 @@ class Session:
 
     def reset(self) -> None:
         """Forget the tokens in the KV cache; the next prompt is computed from its start."""
-        self.model.submit(self._cache.clear)
+        self.model.submit(self._cache.clear, self._cache)
+        if self._pooled:
+            self.model.forget()
 
     @accepts(GenerateOptions)
     def chat(self, system: System = None, **options: Any) -> None:
@@ -326,7 +357,7 @@ class Session:
         """Cancel what is running and let go of the model; its memory is freed with its last session."""
         if self._model is not None:
             self._cache.closed.set()
-            self._model.submit(self._cache.clear)
+            self._model.submit(self._cache.clear, self._cache)
             self._model = None
 
     def __enter__(self) -> "Session":
@@ -337,6 +368,9 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session({self.name!r})" if self._model else f"<closed Session({self.name!r})>"
+
+    def _answer(self, ids: Sequence[int], options: GenerateOptions, capture: Any, edits: Any) -> Generation:
+        return self.model.generate(ids, options, self._cache, *self._taps(capture, edits), pooled=self._pooled)
 
     def _taps(self, capture: Any, edits: Any) -> tuple[CaptureOptions | None, tuple[Edit, ...]]:
         if capture is not None:

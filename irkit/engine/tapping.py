@@ -32,6 +32,8 @@ class Tapping:
     """The positions of the text that are captured; None for all."""
     at_end: bool = False
     """Capture at the last position that a call reads, instead of `positions`."""
+    lenses: Mapping[str, int] = field(default_factory=dict)
+    """Hook points whose streams are captured as they are, for a lens of so many tokens when they are read."""
     edits: tuple[Edit, ...] = ()
     config: Config | None = None
     length: int = 0
@@ -140,10 +142,13 @@ def tapping(
         wanted[point.name] = tuple(sorted({*wanted.get(point.name, ()), *chosen}))
     at = None if positions is None else choose(positions, length, "positions")
     n_positions = 1 if at_end else len(at or ())
-    captures, kept_heads = [], {}
+    captures, kept_heads, lenses = [], {}, {}
     for name, chosen in wanted.items():
         point = POINTS[name]
         reducer = _reducer(reduce, point)
+        if reducer == "lens" and at_end:
+            # The unembedding of every layer would take longer than the token: it waits until somebody looks.
+            reducer, lenses[name] = "none", k
         few = point.per_layer and len(chosen) < config.n_layers
         slots = min(1 << (len(chosen) - 1).bit_length(), config.n_layers) if few else 0
         if heads is not None and point.head_axis is not None:
@@ -152,7 +157,7 @@ def tapping(
         captures.append(Capture(name, None, slots, len(kept_heads.get(name, ())), n_positions, reducer, of_k))
     changes = [change for edit in edits for change in _changes(edit, config)]
     spec = Spec(tuple(captures), tuple(changes), aside=at_end)
-    made = Tapping(spec, wanted, kept_heads, at, at_end, tuple(edits), config, length, rows)
+    made = Tapping(spec, wanted, kept_heads, at, at_end, lenses, tuple(edits), config, length, rows)
     made.operands(max(length, 1))  # what does not fit is told now, not on the device's thread
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -67,7 +68,8 @@ def provenance(model: Model, name: str, tapping: Tapping) -> Provenance:
         path=str(model.path),
         precision=model.precision,
         names=tuple(capture.point for capture in captures),
-        reduce={capture.point: capture.reduce for capture in captures if capture.reduce != "none"},
+        reduce={capture.point: capture.reduce for capture in captures if capture.reduce != "none"}
+        | dict.fromkeys(tapping.lenses, "lens"),
         heads=dict(tapping.heads),
         positions=tapping.positions,
         edits=tuple(map(repr, tapping.edits)),
@@ -126,6 +128,8 @@ def shower(
         nonlocal total
         call = Call(length - 1, np.ones(1, np.int32), 1, captures, None, step)
         found = values([call], tapping)
+        for point, k in tapping.lenses.items():
+            found |= _through_lens(model, {name: found[name] for name in found if taps.split(name)[0] == point}, k)
         token = cache.ids[-1]
         where = replace(source, positions=(length - 1,))
         text, taken = model.tokenizer.token(token), nbytes(captures)
@@ -144,6 +148,20 @@ def shower(
         return made
 
     return show
+
+
+def _through_lens(model: Model, streams: Mapping[str, Callable[[], Value]], k: int) -> dict[str, Callable[[], Value]]:
+    """What the logit lens reads in the `streams` of one position, all of them when the first is looked at."""
+
+    @functools.cache
+    def largest() -> dict[str, Value]:
+        rows = np.stack([np.asarray(stream())[0] for stream in streams.values()], axis=1)
+        runtime = model.load().result()
+        reading = model.submit(lambda: jax.device_get(runtime.lens(rows, np.array([-1], np.int32), k))).result()
+        parts = zip(streams, reading.logprobs[0], reading.ids[0], strict=True)
+        return {name: Largest(values[None, None], ids[None, None]) for name, values, ids in parts}
+
+    return {name: lambda name=name: largest()[name] for name in streams}
 
 
 def plan(length: int) -> tuple[list[tuple[int, int]], int]:

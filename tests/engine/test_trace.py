@@ -145,6 +145,25 @@ def test_decoding_shows_what_reading_shows(small: irkit.Session) -> None:
                 np.testing.assert_allclose(found, expected[:, at : at + 1], err_msg=name, **CLOSE)
 
 
+def test_a_lens_in_decoding_waits_until_it_is_looked_through(small: irkit.Session) -> None:
+    lens = {"names": "resid_post", "reduce": "lens", "k": 4}
+    generation = small.generate(TEXTS[0], num_predict=3, temperature=0, capture=lens | {"layers": [1]}).wait()
+    both = small.generate(TEXTS[0], num_predict=3, temperature=0, capture=lens).wait()
+    ids = [*small.tokenize(TEXTS[0]), *(token.id for token in generation.tokens)]
+    read = small.trace(ids, **lens)
+    for index, (token, other) in enumerate(zip(generation.tokens, both.tokens, strict=True)):
+        at = len(ids) - 4 + index
+        assert token.captures is not None
+        assert other.captures is not None
+        assert dict(token.captures.provenance.reduce) == {"hook_resid_post": "lens"}
+        for found in (token.captures["resid_post", 1], other.captures["resid_post", 1]):
+            np.testing.assert_allclose(found.values, read["resid_post", 1].values[:, [at]], **CLOSE)
+            np.testing.assert_array_equal(found.indices, read["resid_post", 1].indices[:, [at]])
+        np.testing.assert_allclose(
+            other.captures["resid_post", 0].values, read["resid_post", 0].values[:, [at]], **CLOSE
+        )
+
+
 def test_a_reused_prefix_neither_misaligns_nor_lacks_captures(small: irkit.Session) -> None:
     small.reset()
     options: dict[str, Any] = {"num_predict": 3, "temperature": 0, "capture": "pattern"}
