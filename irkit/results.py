@@ -337,39 +337,6 @@ class Info:
         return "\n".join(f"{f.name:{width}}  {getattr(self, f.name)}" for f in dataclasses.fields(self))
 
 
-@dataclass(frozen=True, slots=True)
-class Lens:
-    """The next tokens that a model would say if it stopped after each of its layers (the logit lens).
-
-    The stream that leaves a layer goes through the final norm and the unembedding: nostalgebraist, "interpreting GPT:
-    the logit lens" (2020).
-    """
-
-    layers: tuple[int, ...]
-    positions: tuple[int, ...]
-    tokens: tuple[str, ...]
-    """The text's own token at each position, after which the next is predicted."""
-    strings: tuple[tuple[tuple[str, ...], ...], ...]
-    """The likeliest next tokens, likeliest first: `strings[layer][position][i]`."""
-    ids: np.ndarray
-    """Their ids, `[layer, position, k]`."""
-    logprobs: np.ndarray
-    """Their log-probabilities (natural), `[layer, position, k]`."""
-
-    def __str__(self) -> str:
-        """A table of the likeliest token of each layer, and its probability in percent, at each position."""
-        return "\n".join(" ".join(row).rstrip() for row in columns(lens_rows(self)))
-
-
-def lens_rows(lens: Any) -> list[list[str]]:
-    """The cells of a lens's table: the text's tokens above, then a row for each layer, the last layer first."""
-    rows = [["", *map(repr, lens.tokens)]]
-    for index in reversed(range(len(lens.layers))):
-        shown = zip(lens.strings[index], np.exp(lens.logprobs[index, :, 0]), strict=True)
-        rows.append([str(lens.layers[index]), *(f"{top[0]!r} {100 * p:.0f}" for top, p in shown)])
-    return rows
-
-
 def columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """The same cells, padded so that each column is as wide as its widest."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

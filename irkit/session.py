@@ -41,12 +41,13 @@ from irkit.options import (
     parse,
     python_only,
 )
-from irkit.results import Generation, Info, Lens, Score
+from irkit.results import Generation, Info, Score
 from irkit.trace import Estimate, Trace
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from irkit.analysis.lens import LogitLens
     from irkit.tokenizer import ChatTemplate
 
 
@@ -190,22 +191,17 @@ class Session:
         return self.model.estimate(rows, parsed, changes, self._cache.n_ctx)
 
     @accepts(LensOptions)
-    def lens(self, text: Text, edits: Edits = None, **options: Any) -> Lens:
+    def lens(self, text: Text, edits: Edits = None, **options: Any) -> "LogitLens":
         """Say which tokens the model would say next if it stopped after each of its layers: the logit lens.
 
         Raises:
             ContextFullError: the text does not fit the context.
             OptionError: there is no such layer or position.
         """
+        from irkit.analysis import logit_lens  # imported late, as analysis lies above Session
+
         parsed, ids = parse(LensOptions, options), self._ids(text, "text")
-        given = {"names": "resid_post", "reduce": "lens", "logits": "none", **dict(parsed)}
-        found = self.trace([ids], edits, **given)
-        logprobs, tokens = (part[:, 0] for part in found["resid_post"])
-        name = self.model.tokenizer.token
-        texts = tuple(tuple(tuple(map(name, each)) for each in row) for row in tokens.tolist())
-        positions = found.provenance.positions or tuple(range(len(ids)))
-        own = tuple(found.tokens[position] for position in positions)
-        return Lens(found.layers("resid_post"), positions, own, texts, tokens, logprobs)
+        return logit_lens(self, ids, edits=edits, **dict(parsed))
 
     @accepts(EmbedOptions)
     def embed(self, texts: Texts, **options: Any) -> "np.ndarray":

@@ -11,11 +11,14 @@ import numpy as np
 from irkit.analysis.inputs import Given, held_positions, one_text, places, token_id, value
 from irkit.edits import Chosen
 from irkit.errors import OptionError
+from irkit.results import columns
+from irkit.trace import Trace
 
 if TYPE_CHECKING:
     import pandas
 
     import irkit
+    from irkit.widgets.lens import LensView
 
 _ROWS, _NUMBERS = 128, 1 << 23
 """Streams, and logits of them, that one call computes at most, unless one position alone has more."""
@@ -96,6 +99,22 @@ class LogitLens:
             }
         )
 
+    def view(self, **chosen: Any) -> LensView:
+        """A notebook's view of it: layers and positions with their tokens, one token followed through the layers.
+
+        `chosen` as in `irkit.view.lens`.
+
+        Raises:
+            OptionError: there is nothing like what was chosen, or irkit's extra `notebook` is not installed.
+        """
+        from irkit import view
+
+        return view.lens(self, **chosen)
+
+    def __str__(self) -> str:
+        """The whole table: the likeliest token of each layer, and its probability in percent, at each position."""
+        return "\n".join(" ".join(row).rstrip() for row in columns(lens_rows(self)))
+
     def __repr__(self) -> str:
         """A table of the likeliest token and its probability, layer by layer, at the last positions."""
         columns = range(len(self.positions))[-_SHOWN:]
@@ -115,8 +134,23 @@ class LogitLens:
         return "\n".join(line.rstrip() for line in lines)
 
 
+def lens_rows(lens: LogitLens) -> list[list[str]]:
+    """The cells of a lens's table: the text's tokens above, then a row for each layer, the last layer first."""
+    rows = [["", *map(repr, lens.tokens)]]
+    for index in reversed(range(len(lens.layers))):
+        shown = zip(lens.strings[index], np.exp(lens.logprobs[index, :, 0]), strict=True)
+        rows.append([lens.layers[index], *(f"{top[0]!r} {100 * p:.0f}" for top, p in shown)])
+    return rows
+
+
 def logit_lens(
-    session: irkit.Session, text_or_trace: Given, positions: Chosen = None, k: int = 5, embed: bool = False
+    session: irkit.Session,
+    text_or_trace: Given,
+    positions: Chosen = None,
+    k: int = 5,
+    embed: bool = False,
+    layers: Chosen = None,
+    edits: Any = None,
 ) -> LogitLens:
     """Read the stream that leaves each layer through the final norm and the unembedding (nostalgebraist 2020,
     "interpreting GPT: the logit lens").
@@ -127,22 +161,36 @@ def logit_lens(
         positions: Those to read; all, if not given. The session's edits, if any, are in force.
         k: How many of the likeliest tokens to keep.
         embed: Begin with the embeddings, before the first layer; a trace must hold `embed`.
+        layers: Those to read; all that there are, if not given.
+        edits: In force beside the session's, where a text is given.
 
     Raises:
         BudgetError, ContextFullError: the streams would take more memory than they may, or the text does not fit.
-        OptionError: the trace lacks what is needed, or there is no such position.
+        OptionError: the trace lacks what is needed, there is no such layer or position, or edits are given for a trace.
     """
     from irkit.engine.tapping import choose
 
     if k < 1:
         raise OptionError(f"k: at least 1 token is needed, got {k}")
-    trace = one_text(session, text_or_trace, ("hook_embed", "resid_post") if embed else ("resid_post",))
-    held = held_positions(trace)
-    chosen = held if positions is None else choose(positions, len(trace.ids[0]), "positions")
-    layers = trace.layers("hook_resid_post") if "hook_resid_post" in trace else ()
-    if trace.n_layers - 1 not in layers:
+    n_layers, given = session.model.config.n_layers, {}
+    wanted = range(n_layers) if layers is None else choose(layers, n_layers, "layers")
+    if not isinstance(text_or_trace, Trace):
+        count = len(session._ids(text_or_trace, "text"))
+        kept = None if positions is None else choose(positions, count, "positions")
+        given = {"layers": sorted({*wanted, n_layers - 1}), "positions": kept, "edits": edits}
+    elif edits is not None:
+        raise OptionError("edits: the trace was made with its own, or without")
+    trace = one_text(session, text_or_trace, ("hook_embed", "resid_post") if embed else ("resid_post",), **given)
+    chosen = held_positions(trace) if positions is None else choose(positions, len(trace.ids[0]), "positions")
+    held = trace.layers("hook_resid_post") if "hook_resid_post" in trace else ()
+    if n_layers - 1 not in held:
         raise OptionError("a lens needs resid_post of the last layer, which the trace does not hold")
-    names = [*(["hook_embed"] if embed else []), *(f"blocks.{layer}.hook_resid_post" for layer in layers)]
+    if layers is not None and (lacking := set(wanted) - set(held)):
+        raise OptionError(f"layers: the trace does not hold {min(lacking)}")
+    shown = [layer for layer in held if layer in wanted]
+    # The last layer is read in any case: the others' divergence is from it.
+    read = [*shown, *([n_layers - 1] if n_layers - 1 not in shown else [])]
+    names = [*(["hook_embed"] if embed else []), *(f"blocks.{layer}.hook_resid_post" for layer in read)]
     where = places(trace, chosen)
     streams = np.stack([value(trace, name)[0][where] for name in names], axis=1)
     tokenizer, known = session.model.tokenizer, {}
@@ -153,20 +201,23 @@ def logit_lens(
         key = ids.tobytes()
         if key not in known:
             found = _read(session, streams, ids, k)
-            known[key] = found["ranks"], found["of_token"]
+            known[key] = found["ranks"][:count], found["of_token"][:count]
         return known[key]
 
+    count = embed + len(shown)
     found = _read(session, streams, np.full(len(chosen), -1, np.int32), k)
+    chosen_ids = found["ids"][-1, :, 0]
+    found = {name: each[:count] for name, each in found.items()}
     strings = {int(each): tokenizer.token(int(each)) for each in np.unique(found["ids"])}
     return LogitLens(
-        layers=tuple(["embed"] * embed + [str(layer) for layer in layers]),
+        layers=tuple(["embed"] * embed + [str(layer) for layer in shown]),
         positions=tuple(chosen),
         tokens=tuple(trace.tokens[position] for position in chosen),
         strings=tuple(tuple(tuple(strings[int(i)] for i in cell) for cell in row) for row in found["ids"]),
         ids=found["ids"],
         logprobs=found["logprobs"],
         kl=found["kl"],
-        chosen=found["ids"][-1, :, 0],
+        chosen=chosen_ids,
         ranks=found["ranks"],
         read=ranked,
     )

@@ -16,13 +16,14 @@ import typer
 
 import irkit
 from irkit import hub
+from irkit.analysis.lens import LogitLens
 from irkit.as_json import as_json
 from irkit.cli import hints, remote
 from irkit.cli.terminal import ctrl_c_raises, end_as_by_sigpipe, is_terminal, printable, progress_bar, say, wait
 from irkit.cli.words import convert, declare, label
 from irkit.errors import OptionError
 from irkit.options import BenchOptions, GenerateOptions, ServeOptions, parse
-from irkit.results import Generation, Lens, columns
+from irkit.results import Generation, columns
 from irkit.session import Session
 from irkit.trace import Trace, size
 from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, option_parameters, verbs
@@ -436,10 +437,10 @@ def _keep(trace: Trace, output: Path) -> None:
 
 def _show(result: Any, in_json: bool) -> None:
     """Prints what a verb returned: ids and vectors as numbers between spaces, one vector a line."""
-    if not in_json and isinstance(result, Trace | Lens):
+    if not in_json and isinstance(result, Trace | LogitLens):
         from irkit.cli import tables
 
-        if isinstance(result, Lens):
+        if isinstance(result, LogitLens):
             tables.show_lens(result)
         else:
             print(tables.summary(result))

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from irkit.analysis.lens import LogitLens, lens_rows
 from irkit.cli.terminal import is_terminal, printable
-from irkit.results import Lens, columns, lens_rows
+from irkit.results import columns
 from irkit.trace import Largest, Trace, size
 
 _WIDEST = 14
@@ -65,7 +66,7 @@ def _ranges(numbers: tuple[int, ...]) -> str:
     return ",".join("-".join(map(str, part)) for part in parts)
 
 
-def show_lens(lens: Lens) -> None:
+def show_lens(lens: LogitLens) -> None:
     """Print a table of the likeliest token of each layer at each position.
 
     On a terminal it is as wide as that, in as many parts as it takes, and likelier tokens stand out; elsewhere it is
@@ -89,7 +90,7 @@ def show_lens(lens: Lens) -> None:
         Console(highlight=False).print(table)
 
 
-def _parts(lens: Lens, width: int) -> Iterator[tuple[int, int]]:
+def _parts(lens: LogitLens, width: int) -> Iterator[tuple[int, int]]:
     """Ranges of positions whose columns fit into `width`, beside that of the layers."""
     from rich.cells import cell_len
 
