@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from irkit import hub
+from irkit import hub, notebook
 from irkit.edits import Edit, call
 from irkit.edits import parse as parse_edits
 from irkit.engine import CacheView, Model, open_model
@@ -65,7 +65,9 @@ class Session:
         """
         self.options = parse(LoadOptions, options)
         self.name = str(model)
-        self._model: Model | None = open_model(hub.ensure(model), self.options)
+        with notebook.progress() as progress:
+            path = hub.ensure(model, progress=progress)
+        self._model: Model | None = open_model(path, self.options)
         self._cache = self._model.new_cache(self.options.num_ctx)
         self._edits: list[Edit] = []
 
@@ -93,7 +95,7 @@ class Session:
         parsed = parse(GenerateOptions, options)
         self.model.load()  # tokenizing goes on beside it
         taps = self._taps(capture, edits)
-        return self.model.generate(self._ids(prompt, "prompt"), parsed, self._cache, *taps)
+        return self._begun(self.model.generate(self._ids(prompt, "prompt"), parsed, self._cache, *taps))
 
     @accepts(GenerateOptions)
     def respond(
@@ -115,7 +117,25 @@ class Session:
         ids = model.template.encode(model.tokenizer, messages, tools=tools)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
         parsed = parsed.model_copy(update={"stop": (*parsed.stop, *model.template.stop)})
-        return model.generate(ids, parsed, self._cache, *self._taps(capture, edits))
+        return self._begun(model.generate(ids, parsed, self._cache, *self._taps(capture, edits)))
+
+    @python_only
+    @accepts(GenerateOptions)
+    def agenerate(self, prompt: Text, capture: Captures = None, edits: Edits = None, **options: Any) -> Generation:
+        """`generate`, to be awaited or iterated with `async for`, as every `Generation` can be.
+
+        `await` gives the answer when it has ended; the event loop goes on meanwhile. If the task that awaits it is
+        cancelled, so is the answer.
+        """
+        return self.generate(prompt, capture, edits, **options)
+
+    @python_only
+    @accepts(GenerateOptions)
+    def arespond(
+        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+    ) -> Generation:
+        """`respond`, to be awaited or iterated with `async for`, as every `Generation` can be."""
+        return self.respond(messages, tools, capture, edits, **options)
 
     @accepts(TokenizeOptions)
     def tokenize(self, text: PlainText, **options: Any) -> list[int]:
@@ -304,7 +324,8 @@ class Session:
             given = [] if alternative is None else [alternative] if isinstance(alternative, int) else alternative
             new = self._ids(given, "alternative")
         kept = self.cache._before(token_index)
-        return self.model.generate([*kept.ids, *new], parsed, self._cache, *self._taps(capture, edits), kept=kept)
+        taps = self._taps(capture, edits)
+        return self._begun(self.model.generate([*kept.ids, *new], parsed, self._cache, *taps, kept=kept))
 
     def info(self) -> Info:
         """Say what the model is and how it is run here."""
@@ -340,6 +361,14 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session({self.name!r})" if self._model else f"<closed Session({self.name!r})>"
+
+    def _repr_html_(self) -> str:
+        from irkit import reprs
+
+        return reprs.session(self)
+
+    def _begun(self, generation: Generation) -> Generation:
+        return notebook.ends_with_cell(generation)
 
     def _taps(self, capture: Any, edits: Any) -> tuple[CaptureOptions | None, tuple[Edit, ...]]:
         if capture is not None:
