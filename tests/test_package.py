@@ -75,7 +75,7 @@ ORDER = [
     {"transformer", "families", "tokenizer", "hub"},
     {"kernels"},
     {"gguf"},
-    {"options", "results", "as_json", "trace", "tracefile", "plots", "edits", "errors", "garbage", "reprs", "notebook"},
+    {"options", "results", "as_json", "trace", "tracefile", "plots", "edits", "errors", "garbage", "reprs", "notebook", "observing"},
 ]
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop, `irkit serve` the server.
 OPENS = {("session", "cli"), ("cli", "server")}

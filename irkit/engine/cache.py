@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 if TYPE_CHECKING:
+    from irkit.engine.batch import Batch
     from irkit.transformer.cache import KVCache
 
 SMALLEST = 512
@@ -17,6 +18,8 @@ LARGEST_STEP = 2048
 """By how many positions it grows once it has as many: doubling would soon be more than is needed."""
 AHEAD = SMALLEST // 2
 """Tokens before the cache must grow at which the larger programs begin to be compiled."""
+KEPT = 8
+"""Caches of ended answers that a model keeps for others."""
 
 
 class Cache:
@@ -30,6 +33,8 @@ class Cache:
     def __init__(self, n_ctx: int) -> None:
         self.n_ctx = n_ctx
         self.arrays: KVCache | None = None
+        self.batch: Batch | None = None
+        """What holds the content instead of `arrays` while an answer is decoded beside others."""
         self.ids: list[int] = []
         self.provenance: str | None = None
         """What edits went into it: None where there were none. What nothing else has is never reused: see `mark`."""
@@ -42,7 +47,8 @@ class Cache:
         size = 1 << (tokens - 1).bit_length()
         if size > LARGEST_STEP:
             size = -(-tokens // LARGEST_STEP) * LARGEST_STEP
-        return max(min(max(SMALLEST, size), self.n_ctx), self.arrays.capacity if self.arrays else 0)
+        held = self.arrays if self.batch is None else self.batch
+        return max(min(max(SMALLEST, size), self.n_ctx), 0 if held is None else held.capacity)
 
     def keep_prefix_of(self, ids: Sequence[int], provenance: str | None = None) -> int:
         """Forget what does not begin `ids`, and the last of `ids`, whose logits are wanted; how many stay.
@@ -51,10 +57,14 @@ class Cache:
         """
         if provenance != self.provenance:
             self.ids, self.provenance = [], provenance
-        most = min(len(self.ids), len(ids) - 1)
-        same = next((n for n in range(most) if self.ids[n] != ids[n]), most)
+        same = min(self.in_common(ids), len(ids) - 1)
         del self.ids[same:]
         return same
+
+    def in_common(self, ids: Sequence[int]) -> int:
+        """How many of the first `ids` it holds."""
+        most = min(len(self.ids), len(ids))
+        return next((n for n in range(most) if self.ids[n] != ids[n]), most)
 
     def go_on(self, ids: Sequence[int], provenance: str | None) -> int:
         """Keep all it holds, which begins `ids`, but for the last of `ids`; how many stay.
@@ -111,8 +121,51 @@ class Cache:
         self._sharing.discard(self)
         self._sharing, self.arrays = WeakSet([self]), arrays
 
+    def leave_batch(self) -> None:
+        """Hold the content itself."""
+        if self.batch is not None:
+            self.batch.give_back(self)
+
     def clear(self) -> None:
         """Forget every token, and free the memory."""
+        if self.batch is not None:
+            self.batch.forget(self)
         self.ids = []
         self.provenance = None
         self.own(None)
+
+
+class Pool:
+    """The caches of answers that have ended, for those to come that begin alike."""
+
+    def __init__(self) -> None:
+        self._idle: list[Cache] = []
+
+    def take(self, ids: Sequence[int], provenance: str | None, n_ctx: int) -> Cache:
+        """A cache for an answer to `ids`: of the idle ones that begin most like it, or an empty one.
+
+        One that goes on beyond what they have in common stays, and is forked.
+        """
+        best, most = None, 0
+        for cache in self._idle:
+            same = cache.in_common(ids) if cache.provenance == provenance and len(cache.ids) <= n_ctx else 0
+            if same > most:
+                best, most = cache, same
+        if best is None:
+            return Cache(n_ctx)
+        if most < len(best.ids):
+            best = best.fork()
+        else:
+            self._idle.remove(best)
+        best.n_ctx = n_ctx
+        return best
+
+    def put(self, cache: Cache) -> None:
+        """Keep what an answer leaves; the oldest goes."""
+        if cache.ids:
+            self._idle.append(cache)
+            del self._idle[:-KEPT]
+
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._idle.clear()

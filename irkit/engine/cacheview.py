@@ -206,7 +206,7 @@ class CacheView:
         return f"<CacheView: {of}, {held.kind}, {size(_nbytes(held))}>"
 
     def _do(self, job: Callable[[], _Result]) -> _Result:
-        return self._model.submit(job).result()
+        return self._model.submit(job, self._cache).result()
 
     def _part(self, name: str, layer: int, head: int | None) -> np.ndarray:
         config = self._model.config
@@ -249,7 +249,7 @@ class CacheView:
                 )
             self._cache.adopt(snapshot._cache)
 
-        self._do(job)
+        self._model.submit(job, self._cache, snapshot._cache).result()
 
     def _before(self, position: int | None) -> Cache:
         """A fork of what it holds before `position`; of all where that is None.

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from irkit.engine.batch import Decode, room
 from irkit.engine.cache import AHEAD
 from irkit.engine.runtime import chunk
 from irkit.engine.stopping import StopStrings
+from irkit.engine.worker import DEVICE, Steps
 from irkit.results import Alternative, FinishReason, Generation, Score, Stats, Token
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from irkit.transformer.cache import KVCache
     from irkit.transformer.sampling import Sampled, Settings
 
-
+SHARED = 128
+"""Tokens of a prompt that are read at once while others wait: about a tenth of a second."""
 Shower = Callable[[dict[str, Any], int, int | None], Any]
 """From what a call captured, the tokens that the cache then held, and the pass of several, to what a token carries."""
 
@@ -40,15 +41,15 @@ def generate(
     options: GenerateOptions,
     seed: int,
     generation: Generation,
-    cancelled: threading.Event,
+    stopped: Callable[[], bool],
     asked: float,
     tapping: Tapping,
     show: Shower,
     goes_on: bool = False,
-) -> None:
-    """Make the answer to `ids`, token by token, into `generation`.
+) -> Steps:
+    """Make the answer to `ids`, token by token, into `generation`: the steps of it.
 
-    `asked` is when it was asked for, on `time.perf_counter`'s clock; `cancelled` is looked at between
+    `asked` is when it was asked for, on `time.perf_counter`'s clock; whether it is `stopped` is looked at between
     steps, and between the chunks of a long prompt. `tapping` edits every pass, and captures from those that make a
     token; `show` turns what was captured into what the token carries. With `goes_on`, what `cache`
     holds begins `ids`, and is kept whatever edits went into it.
@@ -60,10 +61,6 @@ def generate(
     writer = Writer(tokenizer, options, room=cache.n_ctx - len(ids))
     new = ids[cached:]
     top = options.top_logprobs > 0
-
-    def stopped() -> bool:
-        return cancelled.is_set() or cache.closed.is_set()
-
     while not writer.reason:
         length = len(cache.ids) + len(new)
         if not tapping:
@@ -72,11 +69,11 @@ def generate(
         several = writer.count > 0 and runtime.at_once > 0 and fits
         sampled, captures = None, {}
         if not several:
-            sampled, captures = read(runtime, cache, new, settings, top, stopped, tapping)
+            if writer.count:
+                yield None
+            sampled, captures = yield from read(runtime, cache, new, settings, top, stopped, tapping)
         elif not stopped():
-            arrays = room(runtime, cache, runtime.at_once)
-            found = runtime.decode(arrays, new[0], len(cache.ids), settings, top, tapping)
-            cache.arrays, sampled, captures = found
+            sampled, captures = yield Decode(runtime, cache, new[0], settings, top, tapping)
         if sampled is None:
             writer.reason = "cancelled"
         elif options.num_predict == 0:
@@ -113,11 +110,14 @@ def read(
     top: bool,
     stopped: Callable[[], bool],
     tapping: Tapping,
-) -> tuple[Sampled | None, dict[str, Any]]:
-    """Read `ids` into `cache`; what was drawn and captured after them, or None where `stopped()` between two chunks."""
+) -> Generator[None, None, tuple[Sampled | None, dict[str, Any]]]:
+    """Read `ids` into `cache`; what was drawn and captured after them, or None where `stopped()` between two chunks,
+    when others have their turn."""
     sampled, captures = None, {}
     only_edits, end = tapping.without_captures(), len(cache.ids) + len(ids)
     for arrays, part in chunks(runtime, cache, ids):
+        if sampled is not None:
+            yield None
         if stopped():
             return None, {}
         start = len(cache.ids)
@@ -162,24 +162,11 @@ def one_by_one(sampled: Sampled | None) -> Iterator[Sampled]:
     """What was drawn in one call, token by token, on the host."""
     if sampled is None:
         return
-    drawn = jax.device_get(sampled)
+    drawn: Sampled = jax.device_get(sampled)
     if drawn.token.ndim == 1:
         yield drawn
     else:
         yield from (jax.tree.map(itemgetter(step), drawn) for step in range(len(drawn.token)))
-
-
-def room(runtime: Runtime, cache: Cache, tokens: int) -> KVCache:
-    """The cache's arrays, grown to have room for as many more tokens, and its own: they are about to be written to."""
-    capacity = cache.capacity(len(cache.ids) + tokens)
-    if cache.arrays is None:
-        cache.own(runtime.empty(capacity))
-    elif cache.arrays.capacity < capacity:
-        cache.own(runtime.grow(cache.arrays, capacity))
-    elif cache.shared:
-        cache.own(jax.tree.map(jnp.copy, cache.arrays))
-    assert cache.arrays is not None
-    return cache.arrays
 
 
 def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple[KVCache, Sequence[int]]]:
@@ -191,7 +178,8 @@ def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple
     arrays = room(runtime, cache, -(-len(ids) // least) * least)
     done = 0
     while done < len(ids):
-        size = chunk(len(ids) - done, arrays.capacity - len(cache.ids), runtime.chunks, runtime.packed)
+        most = SHARED if DEVICE.crowded else len(ids)
+        size = chunk(min(len(ids) - done, most), arrays.capacity - len(cache.ids), runtime.chunks, runtime.packed)
         part = ids[done : done + size]
         yield arrays, part
         assert cache.arrays is not None

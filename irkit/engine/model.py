@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from irkit import families, gguf, notebook, tokenizer
-from irkit.engine.cache import Cache
-from irkit.engine.worker import DEVICE
+from irkit.engine.cache import Cache, Pool
+from irkit.engine.worker import DEVICE, Steps
 from irkit.errors import ContextFullError, ModelFileError, OptionError
 from irkit.garbage import uncollected
 from irkit.options import (
@@ -66,7 +66,8 @@ def open_model(path: Path, options: LoadOptions) -> Model:
 class Model:
     """A model: its file, tokenizer and template at once; its weights when something is first computed.
 
-    Every method that computes does so on the device's thread, in the order of the calls.
+    Every method that computes does so on the device's thread: answers side by side, with the same cache in the order
+    of the calls.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Model:
         self.config = families.read_config(self.file)
         self._runtime: Future[Runtime] | None = None
         self._starting = threading.Lock()
+        self._pool = Pool()
 
     @cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
@@ -108,9 +110,13 @@ class Model:
         """An empty KV cache for a session, of the trained context where `n_ctx` is None."""
         return Cache(n_ctx or self.config.n_ctx)
 
-    def submit(self, job: Callable[[], _Result]) -> Future[_Result]:
-        """Queue `job` behind everything asked of the device so far."""
-        return DEVICE.submit(job)
+    def forget(self) -> None:
+        """Let go of what earlier pooled answers have left."""
+        DEVICE.submit(self._pool.clear)
+
+    def submit(self, job: Callable[[], _Result], *caches: Cache) -> Future[_Result]:
+        """Have `job` done on the device's thread, behind everything asked so far of these caches."""
+        return DEVICE.submit(job, *caches)
 
     def load(self) -> Future[Runtime]:
         """Start loading the weights, if that has not been done; what computes with them, once it is there."""
@@ -138,10 +144,12 @@ class Model:
         capture: CaptureOptions | None = None,
         edits: Sequence[Edit] = (),
         kept: Cache | None = None,
+        pooled: bool = False,
     ) -> Generation:
         """An answer to `ids`, which is being made when this returns; each token carries what `capture` asks for.
 
         What `kept` holds begins `ids`: it is put into `cache` first, and gone on from, whatever went into it.
+        A `pooled` answer uses whichever of the model's own caches begins most like it, in place of `cache`.
 
         Raises:
             ContextFullError: `ids` leave no room in the context.
@@ -160,34 +168,29 @@ class Model:
         runtime = self.load()
         seed = options.seed if options.seed >= 0 else secrets.randbits(63)
 
-        def job() -> None:
+        def stopped() -> bool:
+            return cancelled.is_set() or cache.closed.is_set()
+
+        def steps() -> Steps:
+            mine = self._pool.take(ids, taps.provenance, cache.n_ctx) if pooled else cache
             try:
                 from irkit.engine.generate import generate
                 from irkit.engine.trace import shower
 
                 if kept is not None:
-                    cache.adopt(kept)
+                    mine.adopt(kept)
                     kept.clear()  # or the arrays would be shared, and copied
-                show = shower(self, taps, list(ids), cache, capture)
-                generate(
-                    runtime.result(),
-                    self.tokenizer,
-                    cache,
-                    list(ids),
-                    options,
-                    seed,
-                    generation,
-                    cancelled,
-                    asked,
-                    taps,
-                    show,
-                    goes_on=kept is not None,
-                )
+                show = shower(self, taps, list(ids), mine, capture)
+                words = self.tokenizer, mine, list(ids), options, seed, generation, stopped, asked, taps, show
+                yield from generate(runtime.result(), *words, goes_on=kept is not None)
+                mine.leave_batch()
             except BaseException as error:
-                cache.clear()  # what a failed step leaves in it is not to be trusted
+                mine.clear()  # what a failed step leaves in it is not to be trusted
                 generation._fail(error)
+            if pooled:
+                self._pool.put(mine)
 
-        DEVICE.submit(job, cancelled)
+        DEVICE.answer(steps, cancelled, *(() if pooled else (cache,)), *(() if kept is None else (kept,)))
         return generation
 
     def _tapping(

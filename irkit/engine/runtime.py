@@ -27,14 +27,17 @@ from irkit.transformer.sampling import Sampled, Settings
 from irkit.transformer.taps import Operands, Spec
 
 if TYPE_CHECKING:
+    from irkit.engine.batch import Batch
     from irkit.engine.model import Model
 
 CHUNKS = (1, 8, 32, 128, 512)
 """How many tokens a program reads at once; 1 is decoding."""
-FEW_CHUNKS = (32, 512)
+FEW_CHUNKS = (32, 128, 512)
 """The same for the CPU's kernels, which do not compute padding, and read a single token otherwise than several."""
 AT_ONCE = 4
 """Tokens that one call decodes where a call costs much beside a token."""
+BATCH = 4
+"""Answers that one call decodes for. It reads all weights in any case: with four rows it takes little longer."""
 _SMALL_BYTES = 400e6
 """Weights up to which that is so: four tokens of such a model come within a tenth of a second."""
 
@@ -59,7 +62,7 @@ def chunk(remaining: int, room: int, sizes: Sequence[int] = CHUNKS, free_padding
 
 
 class Runtime:
-    """What the device's thread computes with, one sequence at a time."""
+    """What the device's thread computes with."""
 
     def __init__(self, model: Model, show: Callable[[float], None] = lambda fraction: None) -> None:
         """Read the model's weights; the first programs are loaded or compiled beside that.
@@ -91,6 +94,8 @@ class Runtime:
         # One thread, in the order of need: two would make the first program wait for the second.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
         self._prepared: set[tuple[int, int, bool]] = set()
+        self._batched: dict[tuple[int, bool], Future[None]] = {}
+        self.batches: list[Batch] = []
         # What nearly every answer begins with: loaded or compiled while the weights are being read.
         capacity = min(SMALLEST, model.config.n_ctx)
         self._background.submit(self._reader, 32, capacity, False)
@@ -202,12 +207,19 @@ class Runtime:
         return cache, draw(*seen, _one(start + len(ids)), settings), captures
 
     def decode(
-        self, cache: KVCache, token: int, start: int, settings: Settings, top: bool, tapping: Tapping = _NOTHING
+        self,
+        cache: KVCache,
+        tokens: np.ndarray,
+        start: np.ndarray,
+        settings: Settings,
+        top: bool,
+        tapping: Tapping = _NOTHING,
     ) -> tuple[KVCache, Sampled, dict[str, Any]]:
-        """Read `token`, which stands at `start`, and draw the next `at_once` tokens: the first axis of the results."""
-        operands = tapping.operands(cache.capacity, start, 1)
-        program = self._decoder(cache.capacity, top, tapping.spec, operands)
-        return self._call(program, cache, np.array([[token]], np.int32), _one(start), settings, operands)
+        """Read `tokens` `[b, 1]`, which stand at `start` `[b]`, and draw the next `at_once` of each row: the first
+        axis of the results."""
+        operands = tapping.operands(cache.capacity, int(start[0]), 1)
+        program = self._decoder(cache.capacity, top, tapping.spec, operands, rows=len(tokens))
+        return self._call(program, cache, tokens, start, settings, operands)
 
     def _decoder(
         self,
@@ -215,9 +227,37 @@ class Runtime:
         top: bool,
         spec: Spec = _NO_SPEC,
         operands: Operands = _NO_OPERANDS,
+        rows: int = 1,
     ) -> Program:
-        static = {"top": steps.TOP if top else 0, "steps": self.at_once}
-        return self._text_program(steps.decode, 1, capacity, self._any_settings, operands, spec=spec, **static)
+        static = {"spec": spec, "top": steps.TOP if top else 0, "steps": self.at_once}
+        settings = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self._any_settings)
+        return self._text_program(steps.decode, 1, capacity, settings, operands, rows=rows, **static)
+
+    def can_batch(self, capacity: int, top: bool) -> bool:
+        """Whether the programs are there that decode for several answers; if not, they are compiled beside what goes
+        on, and answers are made one by one until then."""
+        key = capacity, top
+        if key not in self._batched:
+            self._batched[key] = self._background.submit(self._prepare_batch, *key)
+        return self._batched[key].done()
+
+    def _prepare_batch(self, capacity: int, top: bool) -> None:
+        self._decoder(capacity, top, rows=BATCH)
+        self._row_program(kv.put_row, capacity, self._cache(capacity))
+        self._row_program(kv.take_row, capacity)
+
+    def put_row(self, cache: KVCache, one: KVCache, row: int) -> KVCache:
+        """`cache` with what `one` holds in its row; both of the same capacity. `cache` is taken over."""
+        return self._row_program(kv.put_row, cache.capacity, self._cache(cache.capacity))(cache, np.int32(row), one)
+
+    def take_row(self, cache: KVCache, row: int) -> KVCache:
+        """A cache of one row: a copy."""
+        return self._row_program(kv.take_row, cache.capacity)(cache, np.int32(row))
+
+    def _row_program(self, function: Callable[..., Any], capacity: int, *rest: Any) -> Program:
+        donate = 0 if function is kv.put_row else None
+        arguments = self._cache(capacity, BATCH), np.int32(0), *rest
+        return self._program(function, (capacity,), lambda: arguments, donate=donate)
 
     def _reader(
         self,

@@ -1,52 +1,98 @@
-"""The thread that owns the device: what is to be computed is queued, and computed in order."""
+"""The thread that owns the device: what is to be computed is queued, and computed in order, answers side by side."""
 
 from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol, TypeVar
 
 _Result = TypeVar("_Result")
 
 # LLVM, which compiles on this thread, needs more than the 512 kB that macOS gives a thread.
 _STACK_BYTES = 64 << 20
 
+MOST = 8
+"""Answers that are made at once; more of them wait for their turn."""
+
+
+class Step(Protocol):
+    """What an answer asks for where others may ask for the same: to be computed for all of them in one call."""
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for those that one call can compute."""
+        ...
+
+    def together(self, steps: Sequence[Any]) -> list[Any]:
+        """The results of `steps`, all of this kind."""
+        ...
+
+
+Steps = Generator[Step | None, Any, None]
+"""An answer in the making: it yields a step and is sent its result, or None where others may go on for a while."""
+
+
+@dataclass(eq=False)
+class _Task:
+    begin: Callable[[], Any]
+    """Computes the result, or gives the steps of an answer."""
+    future: Future[Any]
+    cancelled: threading.Event
+    uses: tuple[object, ...]
+    """What no other task may touch before this one has ended."""
+    answers: bool
+    steps: Steps | None = None
+    wants: Step | None = None
+
 
 class Worker:
-    """A queue of jobs and the one thread that runs them."""
+    """A queue of jobs and answers, and the one thread that computes them.
+
+    Jobs are done one after the other, answers a step at a time in turn. What uses the same things keeps its order.
+    """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._arrived: SimpleQueue[_Task] = SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._open: set[threading.Event] = set()
+        self._stopping = threading.Event()
+        self._open: set[_Task] = set()
+        self._waiting: list[_Task] = []
+        self._running: list[_Task] = []
 
-    def submit(self, job: Callable[[], _Result], cancelled: threading.Event | None = None) -> Future[_Result]:
-        """Queue `job`; its result or exception arrives in the future.
+    def submit(self, job: Callable[[], _Result], *uses: object) -> Future[_Result]:
+        """Queue `job`; its result or exception arrives in the future."""
+        return self._put(_Task(job, Future(), threading.Event(), uses, answers=False))
 
-        `cancelled` is set when the interpreter exits, so that a job that looks at it between its steps
+    def answer(self, begin: Callable[[], Steps], cancelled: threading.Event, *uses: object) -> Future[None]:
+        """Queue an answer, whose steps `begin` gives.
+
+        `cancelled` is set when the interpreter exits, so that an answer that looks at it between its steps
         does not hold up the exit.
         """
-        future: Future[Any] = Future()
-        event = cancelled or threading.Event()
+        return self._put(_Task(begin, Future(), cancelled, uses, answers=True))
 
-        def run() -> None:
-            try:
-                future.set_result(job())
-            except BaseException as error:  # the future's reader must learn of it, whatever it is
-                future.set_exception(error)
-            finally:
-                self._open.discard(event)
+    @property
+    def queued(self) -> int:
+        """How many answers have not begun yet."""
+        return sum(task.answers for task in tuple(self._open)) - len(self._running)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether there is more to do than one answer."""
+        return len(self._open) > 1
+
+    def _put(self, task: _Task) -> Future[Any]:
         with self._lock:
-            self._open.add(event)
+            self._open.add(task)
             if self._thread is None:
                 self._start()
-        self._queue.put(run)
-        return future
+        self._arrived.put(task)
+        return task.future
 
     def _start(self) -> None:
         before = threading.stack_size(_STACK_BYTES)
@@ -58,16 +104,88 @@ class Worker:
         atexit.register(self._stop)
 
     def _loop(self) -> None:
+        while self._running or self._waiting or not self._stopping.is_set():
+            self._take()
+            self._begin()
+            self._go_on()
+
+    def _take(self) -> None:
+        """What has arrived; it waits where there is nothing else to do."""
+        if not self._running and not self._waiting:
+            self._waiting.append(self._arrived.get())  # to stop, too, is something that arrives
         while True:
-            self._queue.get()()
+            try:
+                self._waiting.append(self._arrived.get_nowait())
+            except Empty:
+                return
+
+    def _begin(self) -> None:
+        """Do the jobs that can be done, and begin the answers that can begin."""
+        taken = {id(used) for task in self._running for used in task.uses}
+        waiting, self._waiting = self._waiting, []
+        for task in waiting:
+            mine = {id(used) for used in task.uses}
+            full = task.answers and len(self._running) >= MOST and not task.cancelled.is_set()
+            if full or mine & taken:
+                taken |= mine  # what was asked later must not overtake it
+                self._waiting.append(task)
+            elif task.answers:
+                taken |= mine
+                self._running.append(task)
+            else:
+                self._end(task, *_outcome(task.begin))
+
+    def _go_on(self) -> None:
+        """One part of an answer that computes by itself, and a step of all that decode."""
+        alone = next((task for task in self._running if task.wants is None), None)
+        if alone:
+            self._running.remove(alone)  # the others have their turn before it
+            self._running.append(alone)
+            self._advance(alone, None)
+        groups: dict[Hashable, list[_Task]] = {}
+        for task in self._running:
+            if task.wants is not None:
+                groups.setdefault(task.wants.kind, []).append(task)
+        for tasks in groups.values():
+            wants = [task.wants for task in tasks]
+            assert wants[0] is not None
+            found, error = _outcome(lambda first=wants[0], all=wants: first.together(all))
+            for index, task in enumerate(tasks):
+                self._advance(task, None if found is None else found[index], error)
+
+    def _advance(self, task: _Task, result: Any, error: BaseException | None = None) -> None:
+        """Let an answer go on to its next step, with the result of the last, or the error."""
+        try:
+            steps = task.steps = task.steps or task.begin()
+            task.wants = steps.throw(error) if error else steps.send(result)
+        except StopIteration:
+            self._end(task, None, None)
+        except BaseException as failure:  # the future's reader must learn of it, whatever it is
+            self._end(task, None, failure)
+
+    def _end(self, task: _Task, result: Any, error: BaseException | None) -> None:
+        if task in self._running:
+            self._running.remove(task)
+        self._open.discard(task)
+        if error is None:
+            task.future.set_result(result)
+        else:
+            task.future.set_exception(error)
 
     def _stop(self) -> None:
-        """Let the running job end: a thread killed inside the device's code would crash the exit."""
-        for event in tuple(self._open):
-            event.set()
-        idle = threading.Event()
-        self._queue.put(idle.set)
-        idle.wait(timeout=10)
+        """Let what is computed end: a thread killed inside the device's code would crash the exit."""
+        for task in tuple(self._open):
+            task.cancelled.set()
+        self.submit(self._stopping.set)
+        assert self._thread is not None
+        self._thread.join(timeout=10)
+
+
+def _outcome(function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return function(), None
+    except BaseException as error:
+        return None, error
 
 
 DEVICE = Worker()

@@ -35,7 +35,7 @@ class Sessions:
         key = await to_thread.run_sync(known, model), options
         task = self._opened.get(key)
         if task is None:
-            opening = to_thread.run_sync(lambda: Session(key[0], **dict(options)))
+            opening = to_thread.run_sync(lambda: Session(key[0], **dict(options)).pooled())
             task = self._opened[key] = asyncio.create_task(opening)
         try:
             return await asyncio.shield(task)  # a client that leaves does not stop what others wait for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -49,6 +50,16 @@ def grow(cache: KVCache, capacity: int) -> KVCache:
         return [jnp.pad(layer, ((0, 0), (0, 0), (0, more), (0, 0))) for layer in layers]
 
     return KVCache(pad(cache.keys), pad(cache.values), jnp.pad(cache.tokens, ((0, 0), (0, more))))
+
+
+def put_row(cache: KVCache, row: Int[Array, ""], one: KVCache) -> KVCache:
+    """`cache` with the only row of `one` in the place of its own."""
+    return jax.tree.map(lambda all, new: lax.dynamic_update_slice_in_dim(all, new, row, axis=0), cache, one)
+
+
+def take_row(cache: KVCache, row: Int[Array, ""]) -> KVCache:
+    """One row of `cache`."""
+    return jax.tree.map(lambda all: lax.dynamic_slice_in_dim(all, row, 1, axis=0), cache)
 
 
 def write(

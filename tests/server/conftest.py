@@ -41,8 +41,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Generation]:
     answers: list[Generation] = []
     begin = Model.generate
 
-    def remembered(*arguments):
-        answers.append(begin(*arguments))
+    def remembered(*arguments, **options):
+        answers.append(begin(*arguments, **options))
         return answers[-1]
 
     monkeypatch.setattr(Model, "generate", remembered)

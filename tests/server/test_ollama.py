@@ -204,14 +204,14 @@ def fails(tokens: int) -> Generation:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_error_before_the_first_byte_has_a_status(client, monkeypatch, stream):
-    monkeypatch.setattr(Model, "generate", lambda *arguments: fails(0))
+    monkeypatch.setattr(Model, "generate", lambda *arguments, **options: fails(0))
     reply = ask(client, "/api/chat", stream=stream)
     assert (reply.status_code, reply.json()) == (400, {"error": "the cupboard is full"})
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/api/respond"])
 def test_an_error_after_the_first_byte_ends_the_stream(client, monkeypatch, path):
-    monkeypatch.setattr(Model, "generate", lambda *arguments: fails(2))
+    monkeypatch.setattr(Model, "generate", lambda *arguments, **options: fails(2))
     reply = client.post(path, json={"model": "smollm2", **SHAPES["/api/chat"][0]})
     assert reply.status_code == 200
     *pieces, last = lines(reply)

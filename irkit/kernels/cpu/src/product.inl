@@ -66,7 +66,8 @@ IRKIT_INLINE void half_block(const uint8_t* codes, const uint8_t* upper, const u
   for (int c = 0; c < n; ++c) total[c] = fma(to_float(acc[c]), mul(s, set1(scale[c])), total[c]);
 }
 
-constexpr int kFewRows = 4;
+// Up to so many rows it is the weights that are waited for, and they are asked for ahead.
+constexpr int kFewRows = 8;
 
 // out[c * 16 + i]: row i of the panel times row c of a tile of n.
 template <int form, int n>
@@ -120,7 +121,7 @@ constexpr int64_t kFloatsAhead = 512;
 template <int form, int n>
 void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const uint8_t* tile, float* out) {
   // With few rows the sums of one column would wait for each other: several are kept.
-  constexpr int ways = n >= 4 ? 1 : 4;
+  constexpr int ways = n > kSeveralSums ? 1 : 4;
   const float* a = (const float*)tile;
   Vec total[ways][n];
   IRKIT_UNROLL

@@ -24,6 +24,7 @@ struct Bytes {
 };
 
 constexpr int kTileRows = 6;
+constexpr int kSeveralSums = 3;
 constexpr bool kSigned8 = true;
 constexpr int kHeldBits = 5;  // codes of at most so many have their products held in 16 bits, see settled()
 

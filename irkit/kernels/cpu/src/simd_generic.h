@@ -20,6 +20,7 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint8_t Bytes __attribute__((vector_size(64)));
 
 constexpr int kTileRows = 4;
+constexpr int kSeveralSums = 3;
 constexpr bool kSigned8 = false;
 constexpr int kHeldBits = 0;
 

@@ -24,6 +24,7 @@ struct Bytes {
 };
 
 constexpr int kTileRows = 4;
+constexpr int kSeveralSums = 3;
 constexpr bool kSigned8 = true;
 constexpr int kHeldBits = 0;
 

@@ -1,0 +1,270 @@
+"""Several answers at once: each as it is alone, whatever the others do, and nothing left behind."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import irkit
+from irkit.engine.runtime import BATCH, Runtime
+from irkit.engine.worker import DEVICE, MOST
+from irkit.kernels.cpu import library
+from irkit.results import Generation
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="the extension is not installed")
+PROMPTS = [[7 + i, *range(20 + i, 30 + 3 * i)] for i in range(BATCH + 2)]
+OPTIONS: dict[str, Any] = {"temperature": 1.0, "seed": 5, "num_predict": 21, "logit_bias": {257: -100.0}}
+
+
+@pytest.fixture(scope="module", params=["Q8_0", "F16"])
+def small(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]
+) -> Iterator[irkit.Session]:
+    path = write_model(tmp_path_factory.mktemp("models") / "small.gguf", request.param)
+    with irkit.Session(path, backend="cpu", num_ctx=512) as session:
+        runtime = session.model.load().result()
+        for top in (False, True):
+            runtime.can_batch(512, top)
+            runtime._batched[512, top].result()
+        yield session
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Which calls are made: the kind, and of how many tokens or rows."""
+    made: list[tuple[str, int]] = []
+    read, decode = Runtime.read, Runtime.decode
+    monkeypatch.setattr(
+        Runtime,
+        "read",
+        lambda self, cache, ids, *rest: (made.append(("read", len(ids))), read(self, cache, ids, *rest))[1],
+    )
+    monkeypatch.setattr(
+        Runtime,
+        "decode",
+        lambda self, cache, tokens, *rest: (made.append(("decode", len(tokens))), decode(self, cache, tokens, *rest))[
+            1
+        ],
+    )
+    return made
+
+
+def together(session: irkit.Session, asks: list[Callable[[irkit.Session], Generation]]) -> list[Generation]:
+    """Answers that are asked for before the first begins."""
+    held, go = threading.Event(), threading.Event()
+    job = session.model.submit(lambda: (held.set(), go.wait(60)))
+    held.wait(60)
+    several = session.pooled()
+    made = [ask(several) for ask in asks]
+    go.set()
+    job.result()
+    return [generation.wait() for generation in made]
+
+
+def alone(session: irkit.Session, ask: Callable[[irkit.Session], Generation]) -> Generation:
+    session.reset()
+    return ask(session.fork()).wait()
+
+
+def told(generation: Generation) -> Any:
+    """Everything but times."""
+    tokens = [(t.id, t.text, t.logprob, t.top) for t in generation.tokens]
+    return generation.text, tokens, generation.finish_reason
+
+
+def idle(session: irkit.Session) -> None:
+    """Nothing is left of what was computed but the caches for those to come."""
+    until = time.monotonic() + 10
+    while DEVICE._open and time.monotonic() < until:
+        time.sleep(0.001)  # an answer is told its end before it leaves
+    assert session.model.load().result().batches == []
+    assert all(cache.batch is None for cache in session.model._pool._idle)
+    assert (DEVICE.queued, DEVICE._running, DEVICE._waiting) == (0, [], [])
+
+
+def bits_are_the_same(session: irkit.Session) -> bool:
+    """Half precision is summed up in another order for several rows, but with AVX-512."""
+    return "F16" not in session.info().quantization or "avx512" in library.describe()
+
+
+def test_answers_are_those_of_one_by_one(small: irkit.Session, calls: list[tuple[str, int]]) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"num_predict": 3}, {"temperature": 0.0}, {"top_logprobs": 3, "seed": 9}, {"top_k": 5, "repeat_penalty": 1.5},
+        {"stop": "e"}, {"num_predict": 40, "min_p": 0.2},
+    ]  # fmt: skip
+    asks = [
+        lambda s, prompt=prompt, kind=kind: s.generate(prompt, **dict(OPTIONS, **kind))
+        for prompt, kind in zip(PROMPTS, kinds, strict=True)
+    ]
+    expected = [told(alone(small, ask)) for ask in asks]
+    calls.clear()
+    found = [told(generation) for generation in together(small, asks)]
+    if bits_are_the_same(small):
+        assert found == expected
+    else:
+        assert [text for text, *_ in found] == [text for text, *_ in expected]
+    batched = [rows for kind, rows in calls if kind == "decode"]
+    assert batched.count(BATCH) >= 5, "they are decoded together"
+    idle(small)
+
+
+def test_many_more_than_can_be_made_at_once(small: irkit.Session) -> None:
+    prompts = [[i % 200, 3, 4] for i in range(3 * MOST)]
+    expected = [alone(small, lambda s, p=p: s.generate(p, **OPTIONS)).text for p in prompts]
+    assert [g.text for g in small.generate_many(prompts, **OPTIONS)] == expected
+    idle(small)
+
+
+def test_one_that_is_cancelled_leaves_the_others(small: irkit.Session) -> None:
+    expected = [alone(small, lambda s, p=p: s.generate(p, **OPTIONS)).text for p in PROMPTS]
+    endless = small.pooled().generate([1, 2, 3], **dict(OPTIONS, num_predict=450))
+    next(iter(endless))
+    others = small.generate_many(PROMPTS, **OPTIONS)
+    next(iter(others[0]))
+    endless.cancel()
+    assert [other.text for other in others] == expected
+    assert endless.finish_reason == "cancelled"
+    idle(small)
+
+
+def test_one_that_waits_can_be_cancelled(small: irkit.Session) -> None:
+    several = small.pooled()
+    running = [several.generate([n, 1], **dict(OPTIONS, num_predict=300)) for n in range(MOST)]
+    waiting = several.generate([1, 2, 3], **OPTIONS)
+    waiting.cancel()
+    assert (waiting.finish_reason, waiting.tokens) == ("cancelled", ())
+    for generation in running:
+        generation.cancel()
+        generation.wait()
+    idle(small)
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(small: irkit.Session, calls: list[tuple[str, int]]) -> None:
+    long = np.random.default_rng(0).integers(0, 250, 480).tolist()
+    quick = small.pooled().generate([1, 2, 3], **dict(OPTIONS, num_predict=400))
+    next(iter(quick))
+    slow = small.pooled().generate(long, **OPTIONS)
+    slow.wait()
+    reads = [index for index, (kind, size) in enumerate(calls) if kind == "read" and size > 3]
+    assert [calls[index][1] for index in reads] == [128, 128, 128, 96]
+    assert all(after - before > 1 for before, after in pairwise(reads)), "it decodes in between"
+    assert slow.text == alone(small, lambda s: s.generate(long, **OPTIONS)).text
+    quick.cancel()
+    quick.wait()
+    idle(small)
+
+
+def test_an_answer_with_captures_or_edits_has_its_own_way(small: irkit.Session) -> None:
+    edits = [irkit.ablate("attn_out", layers=0)]
+
+    def captured(s: irkit.Session) -> Generation:
+        return s.generate(PROMPTS[0], capture=["pattern"], **OPTIONS)
+
+    def edited(s: irkit.Session) -> Generation:
+        return s.generate(PROMPTS[0], edits=edits, **OPTIONS)
+
+    def plain(s: irkit.Session) -> Generation:
+        return s.generate(PROMPTS[0], **OPTIONS)
+
+    asks = [captured, edited, plain, plain]
+    expected = [alone(small, ask) for ask in asks]
+    found = together(small, asks)
+    assert [told(each) for each in found] == [told(each) for each in expected]
+    assert found[1].text != found[2].text
+    for mine, its in zip(found[0].tokens, expected[0].tokens, strict=True):
+        assert mine.captures is not None
+        assert its.captures is not None
+        np.testing.assert_array_equal(mine.captures["pattern", 1], its.captures["pattern", 1])
+    idle(small)
+
+
+def test_what_earlier_answers_read_is_not_read_again(small: irkit.Session) -> None:
+    several, opening = small.pooled(), list(range(100, 180))
+    several.reset()
+    first = several.generate([*opening, 1, 2], **OPTIONS).wait()
+    again = several.generate([*opening, 3, 4], **OPTIONS).wait()
+    assert (first.stats.cached_tokens, again.stats.cached_tokens) == (0, len(opening))
+    went_on = [*opening, 1, 2, *(token.id for token in first.tokens), 5]
+    on = several.generate(went_on, **OPTIONS).wait()
+    assert on.stats.cached_tokens == len(went_on) - 2, "the other did not take away what the first has left"
+    assert on.text == alone(small, lambda s: s.generate(went_on, **OPTIONS)).text
+    edits = [irkit.ablate("attn_out", layers=0)]
+    assert several.generate([*opening, 3], edits=edits, **OPTIONS).wait().stats.cached_tokens == 0
+    assert several.generate([*opening, 6], **OPTIONS).wait().stats.cached_tokens == len(opening)
+
+
+def test_the_same_cache_is_used_in_the_order_of_the_calls(small: irkit.Session) -> None:
+    small.reset()
+    first = small.generate(PROMPTS[0], **OPTIONS)
+    second = small.generate(PROMPTS[0], **OPTIONS)
+    small.cache.rewind(1)
+    assert first.done
+    assert second.done
+    assert second.stats.cached_tokens == len(PROMPTS[0]) - 1
+    assert first.text == second.text
+    assert len(small.cache) == len(PROMPTS[0]) + OPTIONS["num_predict"] - 2
+
+
+def test_jobs_do_not_wait_for_answers_they_have_nothing_to_do_with(small: irkit.Session) -> None:
+    endless = small.pooled().generate([1, 2, 3], **dict(OPTIONS, num_predict=450))
+    next(iter(endless))
+    assert small.score([1, 2, 3]).tokens
+    assert not endless.done
+    endless.cancel()
+    endless.wait()
+
+
+def test_a_call_that_fails_ends_the_answers_in_it_and_no_others(
+    small: irkit.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, failed = Runtime.decode, threading.Event()
+
+    def fails_once(self: Runtime, cache: Any, tokens: Any, *rest: Any) -> Any:
+        if len(tokens) == BATCH and not failed.is_set():
+            failed.set()
+            raise MemoryError("no more")
+        return decode(self, cache, tokens, *rest)
+
+    monkeypatch.setattr(Runtime, "decode", fails_once)
+    held, made = threading.Event(), []
+    small.model.submit(lambda: held.wait(60))
+    made = small.generate_many(PROMPTS[:3], **OPTIONS)
+    held.set()
+    ended = 0
+    for generation in made:
+        try:
+            generation.wait()
+        except MemoryError:
+            ended += 1
+    assert ended > 1
+    idle(small)
+    assert [g.text for g in small.generate_many(PROMPTS, **OPTIONS)] == [
+        alone(small, lambda s, p=p: s.generate(p, **OPTIONS)).text for p in PROMPTS
+    ]
+
+
+def test_a_cache_that_grows_goes_on_in_a_larger_batch(
+    tmp_path: Path, write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("irkit.engine.cache.SMALLEST", 64)
+    with irkit.Session(write_model(tmp_path / "small.gguf", "Q8_0"), backend="cpu") as session:
+        runtime = session.model.load().result()
+        for capacity in (64, 128):
+            runtime.can_batch(capacity, False)
+            runtime._batched[capacity, False].result()
+        prompts = [[1, *range(50)], [2, *range(10)], [3, *range(40)]]
+        options = dict(OPTIONS, num_predict=60)
+        expected = [alone(session, lambda s, p=p: s.generate(p, **options)).text for p in prompts]
+        assert [g.text for g in session.generate_many(prompts, **options)] == expected
+
+
+def test_exact_answers_take_turns(tmp_path: Path, write_model: Callable[..., Path]) -> None:
+    with irkit.Session(write_model(tmp_path / "small.gguf"), precision="exact", num_ctx=64) as session:
+        expected = [told(alone(session, lambda s, p=p: s.generate(p, **OPTIONS))) for p in PROMPTS[:3]]
+        found = together(session, [lambda s, p=p: s.generate(p, **OPTIONS) for p in PROMPTS[:3]])
+        assert [told(each) for each in found] == expected
