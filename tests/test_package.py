@@ -50,7 +50,18 @@ def imported_by(statement: str) -> set[str]:
     return {name.split(".")[0] for name in listed.stdout.split()}
 
 
-HEAVY = {"jax", "jaxlib", "fastapi", "uvicorn", "ipywidgets", "matplotlib", "pandas", "safetensors", "prompt_toolkit"}
+HEAVY = {
+    "jax",
+    "jaxlib",
+    "fastapi",
+    "uvicorn",
+    "ipywidgets",
+    "anywidget",
+    "matplotlib",
+    "pandas",
+    "safetensors",
+    "prompt_toolkit",
+}
 HEAVY |= {"httpx", "huggingface_hub"}
 
 
@@ -66,7 +77,7 @@ def test_tokenizing_needs_no_jax(model_path: Path) -> None:
 
 # Each may import those after it, and the leaves; `cli`, `server` and `widgets` may not import each other.
 ORDER = [
-    {"cli", "server"},
+    {"cli", "server", "widgets"},
     {"bench"},
     {"verbs"},
     {"analysis"},
@@ -77,8 +88,9 @@ ORDER = [
     {"gguf"},
     {"options", "results", "as_json", "trace", "tracefile", "plots", "edits", "errors", "garbage", "reprs", "notebook", "observing"},
 ]
-# Where one thing opens another, imported there and then: `Session.chat()` the prompt loop, `irkit serve` the server.
-OPENS = {("session", "cli"), ("cli", "server")}
+# Where one thing opens another, imported there and then: `Session.chat()` the prompt loop or the widget, `irkit serve`
+# the server.
+OPENS = {("session", "cli"), ("session", "widgets"), ("cli", "server")}
 
 
 def imports(file: Path) -> set[str]:

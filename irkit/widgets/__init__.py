@@ -1,0 +1,1 @@
+"""What irkit shows in a notebook: anywidgets of plain ES modules, each with a static twin."""
