@@ -28,6 +28,7 @@ from irkit.options import (
     ModelName,
     PlainText,
     ScoreOptions,
+    ServeOptions,
     System,
     Text,
     Texts,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from irkit.engine.cache import Cache
+    from irkit.server import Serving
 
 
 class Session:
@@ -74,7 +76,8 @@ class Session:
         self._cache = self._model.new_cache(self.options.num_ctx)
         self._edits: list[Edit] = []
         self._pooled = False
-        self._observers: list[Callable[[Asked], None]] = []
+        self._observers: list[Callable[[Asked], Any]] = []
+        self._serving: Serving | None = None
 
     @property
     def model(self) -> Model:
@@ -328,14 +331,14 @@ class Session:
         empty. This is how the server computes.
         """
         made = copy.copy(self)
-        made._cache, made._pooled = self.model.new_cache(self._cache.n_ctx), True
+        made._cache, made._pooled, made._serving = self.model.new_cache(self._cache.n_ctx), True, None
         return made
 
     @python_only
     def fork(self) -> "Session":
         """A session of the same model whose cache begins as a fork of this one's: the same, and then independent."""
         made = copy.copy(self)
-        made._cache, made._edits, made._pooled = self.cache.fork()._cache, [], False
+        made._cache, made._edits, made._pooled, made._serving = self.cache.fork()._cache, [], False, None
         return made
 
     @python_only
@@ -395,8 +398,33 @@ class Session:
 
         cli.prompt_loop(self, system, parse(GenerateOptions, options))
 
+    @python_only
+    @accepts(ServeOptions)
+    def serve(self, **options: Any) -> "Serving":
+        """Serve the loaded model over HTTP, beside what else is done with it, until `stop()` of what this returns, or
+        until the session is closed.
+
+        Requests have caches of their own. Served already, with the same options, the running server is returned; with
+        others, it is stopped first.
+
+        Raises:
+            OptionError: an option is unknown or out of bounds, or the address cannot be listened on.
+        """
+        from irkit.server import Serving  # a surface that this opens, imported late, as surfaces lie above Session
+
+        parsed = parse(ServeOptions, options)
+        running = self._serving if self._serving and self._serving.running else None
+        if running is None or running.options != parsed:
+            if running is not None:
+                running.stop()
+            self._serving = Serving(parsed, self)
+        assert self._serving is not None
+        return self._serving
+
     def close(self) -> None:
         """Cancel what is running and let go of the model; its memory is freed with its last session."""
+        if self._serving is not None:
+            self._serving.stop()
         if self._model is not None:
             self._cache.closed.set()
             self._model.submit(self._cache.clear, self._cache)

@@ -86,11 +86,24 @@ ORDER = [
     {"transformer", "families", "tokenizer", "hub"},
     {"kernels"},
     {"gguf"},
-    {"options", "results", "as_json", "trace", "tracefile", "plots", "edits", "errors", "garbage", "reprs", "notebook", "observing"},
+    {
+        "options",
+        "results",
+        "as_json",
+        "trace",
+        "tracefile",
+        "plots",
+        "edits",
+        "errors",
+        "garbage",
+        "reprs",
+        "notebook",
+        "observing",
+    },
 ]
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop or the widget, `irkit serve`
 # the server.
-OPENS = {("session", "cli"), ("session", "widgets"), ("cli", "server")}
+OPENS = {("session", "cli"), ("session", "widgets"), ("session", "server"), ("cli", "server")}
 
 
 def imports(file: Path) -> set[str]:
