@@ -80,6 +80,25 @@ def attention(trace: Trace, layer: int | None = None, head: int | None = None, t
     return _heat_map(title, maps[f"head {head}"], rows, keys, ("query", "key"), low=0, high=1)
 
 
+def heads(thumbnails: np.ndarray, layers: Sequence[int], heads: Sequence[int]) -> Figure:
+    """All heads at a glance, layers across and heads down: `thumbnails` is `[layer, head, row, column]`, 0 where
+    nothing is, each on a scale of its own."""
+    n_layers, n_heads, tall, wide = thumbnails.shape
+    scaled = thumbnails / np.maximum(thumbnails.max(axis=(2, 3), keepdims=True), 1)
+    framed = np.pad(np.where(thumbnails, scaled, np.nan), [(0, 0), (0, 0), (0, 2), (0, 2)], constant_values=np.nan)
+    sheet = framed.transpose(1, 2, 0, 3).reshape(n_heads * (tall + 2), n_layers * (wide + 2))
+    width = _between(3, 0.36 * n_layers, 11)
+    figure = Figure(figsize=(width, 0.8 + width * n_heads / n_layers), layout="constrained", facecolor=GROUND)
+    plane = figure.subplots()
+    plane.imshow(sheet, cmap="viridis", vmin=0, vmax=1, aspect=wide / tall, interpolation="nearest")
+    plane.set_xticks(np.arange(n_layers) * (wide + 2) + wide / 2, list(map(str, layers)), fontsize=7)
+    plane.set_yticks(np.arange(n_heads) * (tall + 2) + tall / 2, list(map(str, heads)), fontsize=7)
+    _dress(plane, "Attention: layers across, heads down")
+    plane.tick_params(length=0)
+    plane.spines[:].set_visible(False)
+    return figure
+
+
 def logit_lens(result: Any, show: str = "probability") -> Figure:
     """The likeliest next token by layer and position; the ground is its probability, or (`show="kl"`) the KL
     divergence from the last layer, in nats."""

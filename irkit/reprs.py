@@ -24,8 +24,8 @@ SURPRISE = 8.0
 
 _STYLE = """<style>
 .irkit-out{line-height:1.5;max-width:60em}
-.irkit-out .irkit-text{white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 .3em}
-.irkit-out .irkit-note{opacity:.65;font-size:.85em;margin:0}
+.irkit-out .irkit-words{white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 .3em}
+.irkit-out .irkit-facts{opacity:.65;font-size:.85em;margin:0}
 .irkit-out table{border-collapse:collapse;color:inherit;margin:.3em 0;font-size:.9em}
 .irkit-out td,.irkit-out th{padding:.1em .9em .1em 0;text-align:left;vertical-align:top;background:none;border:0}
 .irkit-out tr{background:none}
@@ -44,7 +44,7 @@ def generation(made: Generation) -> str:
     tokens, done = tuple(made._tokens), made.done
     text = made.partial_text
     shown = (spans(tokens) + escape(made._tail)) if done and len(tokens) <= MOST_TOKENS else escape(text)
-    return out(f'<div class="irkit-text">{shown}</div>', note(generation_facts(made)))
+    return out(f'<div class="irkit-words">{shown}</div>', note(generation_facts(made)))
 
 
 def generation_facts(made: Generation) -> list[str]:
@@ -72,7 +72,7 @@ def score(scored: Score) -> str:
     """A text, each token shaded by how little it was expected."""
     facts = [_counted(len(scored.tokens), "token"), f"{scored.total:.2f} nats"]
     facts += [f"perplexity {scored.perplexity:.2f}"] if not math.isnan(scored.perplexity) else []
-    return out(f'<div class="irkit-text">{spans(scored.tokens)}</div>', note(facts))
+    return out(f'<div class="irkit-words">{spans(scored.tokens)}</div>', note(facts))
 
 
 def info(found: Info) -> str:
@@ -151,7 +151,7 @@ def out(*parts: str) -> str:
 
 def note(facts: Iterable[str]) -> str:
     """A line of small print."""
-    return f'<p class="irkit-note">{" · ".join(map(escape, facts))}</p>'
+    return f'<p class="irkit-facts">{" · ".join(map(escape, facts))}</p>'
 
 
 def table(rows: Iterable[Sequence[Any]], *, head: bool = False) -> str:

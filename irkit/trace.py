@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+    from irkit.widgets.attention import AttentionView
+
 
 class Largest(NamedTuple):
     """What the reducers `top_k` and `lens` keep, largest first."""
@@ -213,6 +215,16 @@ class Trace(Mapping[str, Value]):
         from irkit import plots
 
         return plots.attention(self, layer, head)
+
+    def view(self, text: int = 0, **chosen: Any) -> AttentionView:
+        """A notebook's view of the attention patterns; `text` and `chosen` as in `irkit.view.attention`.
+
+        Raises:
+            OptionError: the trace does not hold them, or irkit's extra `notebook` is not installed.
+        """
+        from irkit import view
+
+        return view.attention(self, text, **chosen)
 
     def to_frame(self, name: str) -> pandas.DataFrame:
         """What is held of a hook point as a table: its last axis across, the others down, token texts beside positions.

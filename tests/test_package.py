@@ -77,7 +77,7 @@ def test_tokenizing_needs_no_jax(model_path: Path) -> None:
 
 # Each may import those after it, and the leaves; `cli`, `server` and `widgets` may not import each other.
 ORDER = [
-    {"cli", "server", "widgets"},
+    {"cli", "server", "view", "widgets"},
     {"bench"},
     {"verbs"},
     {"analysis"},
@@ -104,6 +104,8 @@ ORDER = [
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop or the widget, `irkit serve`
 # the server.
 OPENS = {("session", "cli"), ("session", "widgets"), ("session", "server"), ("cli", "server")}
+# `view()` of what is found out, and `irkit.view`.
+OPENS |= {("trace", "view"), ("trace", "widgets"), ("view", "widgets")}
 
 
 def imports(file: Path) -> set[str]:
