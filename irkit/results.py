@@ -3,14 +3,18 @@
 import contextlib
 import dataclasses
 import math
-import threading
+import queue
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Generator as PythonGenerator
+
     import pandas
     from matplotlib.figure import Figure
 
@@ -49,6 +53,9 @@ class Token:
     captures: Any = field(default=None, repr=False, compare=False)
     """A `Trace` of the forward pass that made it, if something was to be captured: of one position."""
 
+    def __str__(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:
@@ -73,23 +80,33 @@ class Stats:
         return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 and self.decode_seconds else 0.0
 
 
+class Interrupted(KeyboardInterrupt):
+    """Somebody pressed Ctrl-C, or a notebook's Stop, while an answer was waited for; a notebook shows it in a line."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"KeyboardInterrupt: {self}"]
+
+
 class Generation:
     """An answer in the making.
 
     Iterating, with `for` or `async for`, yields each `Token` as it is made, from the first one on, as
-    often as one likes; `text`, `tokens`, `finish_reason` and `stats` wait for the end. If the computation
-    failed, both raise its error.
+    often as one likes; `text`, `tokens`, `finish_reason` and `stats` wait for the end, and so does `await`. If the
+    computation failed, all of them raise its error. A KeyboardInterrupt, or the end of the task that awaits it,
+    cancels it; what was made stays. As the value of a notebook's cell it is shown while it is made.
     """
 
     def __init__(self, cancel: Callable[[], None] = lambda: None) -> None:
-        self._changed = threading.Condition()
         self._tokens: list[Token] = []
         self._tail = ""
         self._reason: FinishReason | None = None
         self._stats = Stats()
         self._error: BaseException | None = None
         self._cancel = cancel
-        self._watchers: set[Callable[[], None]] = set()
+        self._watchers: set[Callable[[], Any]] = set()
+
+    # No lock is held here: a KeyboardInterrupt just behind taking one would leave it taken, and the engine waiting for
+    # it. What is added to is a list, one object is put in another's place, and who waits looks after saying so.
 
     def __iter__(self) -> Iterator[Token]:
         shown = 0
@@ -99,9 +116,8 @@ class Generation:
 
     def _after(self, index: int) -> list[Token]:
         """The tokens from `index` on, once there are any; none at the end."""
-        with self._changed:
-            self._wait_until(lambda: len(self._tokens) > index or self.done)
-            fresh = self._tokens[index:]
+        self._wait_until(lambda: len(self._tokens) > index or self.done)
+        fresh = self._tokens[index:]
         if self._error and not fresh:
             raise self._error
         return fresh
@@ -116,23 +132,32 @@ class Generation:
                 loop.call_soon_threadsafe(changed.set)
 
         shown, done = 0, False
-        with self._changed:
-            self._watchers.add(tell)
+        self._watchers.add(tell)
         try:
             while not done:
                 changed.clear()
-                with self._changed:
-                    fresh, done = self._tokens[shown:], self.done
+                done = self.done
+                fresh = self._tokens[shown:]
                 for token in fresh:
                     yield token
                 shown += len(fresh)
                 if not done:
                     await changed.wait()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
         finally:
-            with self._changed:
-                self._watchers.discard(tell)
+            self._watchers.discard(tell)
         if self._error:
             raise self._error
+
+    def __await__(self) -> "PythonGenerator[Any, None, Generation]":
+        return self._end().__await__()
+
+    async def _end(self) -> "Generation":
+        async for _ in self:
+            pass
+        return self
 
     def texts(self) -> Iterator[str]:
         """The answer's text, piece by piece as it is made; no piece is empty."""
@@ -147,12 +172,22 @@ class Generation:
         """Text that was held back until the end, when it belonged to no further token: mostly empty."""
         return self.wait()._tail
 
-    def _wait_until(self, condition: Callable[[], bool]) -> None:
+    def _wait_until(self, condition: Callable[[], bool], seconds: float | None = None) -> None:
+        end = None if seconds is None else time.monotonic() + seconds
+        told: queue.SimpleQueue[None] = queue.SimpleQueue()
+        tell = partial(told.put, None)
+        self._watchers.add(tell)
         try:
-            self._changed.wait_for(condition)
+            while not condition():
+                told.get(timeout=None if end is None else max(end - time.monotonic(), 0))
+        except queue.Empty:
+            pass
         except KeyboardInterrupt:
             self.cancel()  # what was made so far stays readable
-            raise
+            count = len(self._tokens)
+            raise Interrupted(f"the answer was stopped after {count} tokens, which partial_text has") from None
+        finally:
+            self._watchers.discard(tell)
 
     @property
     def done(self) -> bool:
@@ -165,11 +200,15 @@ class Generation:
         Raises:
             IrkitError: what the computation raised, if it failed.
         """
-        with self._changed:
-            self._wait_until(lambda: self.done)
+        self._wait_until(lambda: self.done)
         if self._error:
             raise self._error
         return self
+
+    def wait_for(self, seconds: float) -> bool:
+        """Waits for the end of the answer, but no longer than `seconds`; whether it has ended, in whatever way."""
+        self._wait_until(lambda: self.done, seconds)
+        return self.done
 
     def cancel(self) -> None:
         """Ends the answer before its next token; the tokens made so far stay."""
@@ -223,26 +262,33 @@ class Generation:
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(self.text)
 
+    def _repr_html_(self) -> str:
+        from irkit import reprs
+
+        return reprs.generation(self)
+
+    def _ipython_display_(self) -> None:
+        from irkit import notebook
+
+        notebook.stream(self)
+
     # The engine's side.
 
     def _put(self, token: Token) -> None:
-        with self._changed:
-            self._tokens.append(token)
-            self._notify()
+        self._tokens.append(token)
+        self._notify()
 
     def _finish(self, reason: FinishReason, stats: Stats, tail: str = "") -> None:
-        with self._changed:
-            self._reason, self._stats, self._tail = reason, stats, tail
-            self._notify()
+        self._stats, self._tail = stats, tail
+        self._reason = reason  # last, as it is what others look at
+        self._notify()
 
     def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._error = error
-            self._notify()
+        self._error = error
+        self._notify()
 
     def _notify(self) -> None:
-        self._changed.notify_all()
-        for tell in self._watchers:
+        for tell in tuple(self._watchers):
             tell()
 
 
@@ -273,6 +319,11 @@ class Score:
         """A pandas DataFrame, one row a token: `id`, `token`, `logprob`, `probability`; nan where nothing came before
         it."""
         return _table(self.tokens)
+
+    def _repr_html_(self) -> str:
+        from irkit import reprs
+
+        return reprs.score(self)
 
     def __str__(self) -> str:
         rows = [
@@ -331,6 +382,11 @@ class Info:
     """One line: which backend runs, and on what."""
     kernels: str
     """One line: `cpu` and the instruction set that irkit's own kernels use, or `xla`, and why."""
+
+    def _repr_html_(self) -> str:
+        from irkit import reprs
+
+        return reprs.info(self)
 
     def __str__(self) -> str:
         width = max(len(field.name) for field in dataclasses.fields(self))

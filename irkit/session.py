@@ -11,11 +11,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from irkit import hub
+from irkit import hub, notebook
 from irkit.edits import Edit, call
 from irkit.edits import parse as parse_edits
 from irkit.engine import CacheView, Model, open_model
 from irkit.errors import OptionError
+from irkit.observing import ASKED_BY, Asked
 from irkit.options import (
     CaptureOptions,
     Captures,
@@ -29,6 +30,7 @@ from irkit.options import (
     ModelName,
     PlainText,
     ScoreOptions,
+    ServeOptions,
     System,
     Text,
     Texts,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from irkit.analysis.lens import LogitLens
+    from irkit.engine.cache import Cache
+    from irkit.server import Serving
     from irkit.tokenizer import ChatTemplate
 
 
@@ -69,7 +73,8 @@ class Session:
             OptionError: an option is unknown or out of bounds.
         """
         self.options = parse(LoadOptions, options)
-        path = hub.ensure(model)
+        with notebook.progress() as progress:
+            path = hub.ensure(model, progress=progress)
         self._manifest = hub.manifest(model)
         self._own = dict(self._manifest.options) if self._manifest else {}
         num_ctx = self._own.pop("num_ctx", None)
@@ -80,6 +85,8 @@ class Session:
         self._cache = self._model.new_cache(self.options.num_ctx)
         self._edits: list[Edit] = []
         self._pooled = False
+        self._observers: list[Callable[[Asked], Any]] = []
+        self._serving: Serving | None = None
 
     @property
     def model(self) -> Model:
@@ -115,7 +122,7 @@ class Session:
         """
         parsed = self._generate_options(options)
         self.model.load()  # tokenizing goes on beside it
-        return self._answer(self._ids(prompt, "prompt"), parsed, capture, edits)
+        return self._answer(self._ids(prompt, "prompt"), parsed, capture, edits, prompt)
 
     @accepts(GenerateOptions)
     def respond(
@@ -141,7 +148,25 @@ class Session:
         ids = template.encode(model.tokenizer, messages, tools=tools)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
         parsed = parsed.model_copy(update={"stop": (*parsed.stop, *template.stop)})
-        return self._answer(ids, parsed, capture, edits)
+        return self._answer(ids, parsed, capture, edits, messages)
+
+    @python_only
+    @accepts(GenerateOptions)
+    def agenerate(self, prompt: Text, capture: Captures = None, edits: Edits = None, **options: Any) -> Generation:
+        """`generate`, to be awaited or iterated with `async for`, as every `Generation` can be.
+
+        `await` gives the answer when it has ended; the event loop goes on meanwhile. If the task that awaits it is
+        cancelled, so is the answer.
+        """
+        return self.generate(prompt, capture, edits, **options)
+
+    @python_only
+    @accepts(GenerateOptions)
+    def arespond(
+        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+    ) -> Generation:
+        """`respond`, to be awaited or iterated with `async for`, as every `Generation` can be."""
+        return self.respond(messages, tools, capture, edits, **options)
 
     @accepts(TokenizeOptions)
     def tokenize(self, text: PlainText, **options: Any) -> list[int]:
@@ -271,6 +296,20 @@ class Session:
         finally:
             self._edits = before
 
+    @python_only
+    def observe(self, observer: "Callable[[Asked], Any]") -> Callable[[], None]:
+        """Have `observer` told of every answer that this session, or a fork of it, begins; call the result to end that.
+
+        It is called in the thread that asks, which waits for it.
+        """
+        self._observers.append(observer)
+
+        def end() -> None:
+            if observer in self._observers:
+                self._observers.remove(observer)
+
+        return end
+
     @property
     def cache(self) -> CacheView:
         """The KV cache: to look at, fork, rewind, drop from, save and load. Assign a fork to put it in its place.
@@ -311,14 +350,14 @@ class Session:
         empty. This is how the server computes.
         """
         made = copy.copy(self)
-        made._cache, made._pooled = self.model.new_cache(self._cache.n_ctx), True
+        made._cache, made._pooled, made._serving = self.model.new_cache(self._cache.n_ctx), True, None
         return made
 
     @python_only
     def fork(self) -> "Session":
         """A session of the same model whose cache begins as a fork of this one's: the same, and then independent."""
         made = copy.copy(self)
-        made._cache, made._edits, made._pooled = self.cache.fork()._cache, [], False
+        made._cache, made._edits, made._pooled, made._serving = self.cache.fork()._cache, [], False, None
         return made
 
     @python_only
@@ -354,7 +393,8 @@ class Session:
             given = [] if alternative is None else [alternative] if isinstance(alternative, int) else alternative
             new = self._ids(given, "alternative")
         kept = self.cache._before(token_index)
-        return self.model.generate([*kept.ids, *new], parsed, self._cache, *self._taps(capture, edits), kept=kept)
+        ids = [*kept.ids, *new]
+        return self._answer(ids, parsed, capture, edits, ids, kept=kept)
 
     def info(self) -> Info:
         """Say what the model is and how it is run here."""
@@ -378,8 +418,33 @@ class Session:
 
         cli.prompt_loop(self, system, self._generate_options(options))
 
+    @python_only
+    @accepts(ServeOptions)
+    def serve(self, **options: Any) -> "Serving":
+        """Serve the loaded model over HTTP, beside what else is done with it, until `stop()` of what this returns, or
+        until the session is closed.
+
+        Requests have caches of their own. Served already, with the same options, the running server is returned; with
+        others, it is stopped first.
+
+        Raises:
+            OptionError: an option is unknown or out of bounds, or the address cannot be listened on.
+        """
+        from irkit.server import Serving  # a surface that this opens, imported late, as surfaces lie above Session
+
+        parsed = parse(ServeOptions, options)
+        running = self._serving if self._serving and self._serving.running else None
+        if running is None or running.options != parsed:
+            if running is not None:
+                running.stop()
+            self._serving = Serving(parsed, self)
+        assert self._serving is not None
+        return self._serving
+
     def close(self) -> None:
         """Cancel what is running and let go of the model; its memory is freed with its last session."""
+        if self._serving is not None:
+            self._serving.stop()
         if self._model is not None:
             self._cache.closed.set()
             self._model.submit(self._cache.clear, self._cache)
@@ -394,8 +459,30 @@ class Session:
     def __repr__(self) -> str:
         return f"Session({self.name!r})" if self._model else f"<closed Session({self.name!r})>"
 
-    def _answer(self, ids: Sequence[int], options: GenerateOptions, capture: Any, edits: Any) -> Generation:
-        return self.model.generate(ids, options, self._cache, *self._taps(capture, edits), pooled=self._pooled)
+    def _repr_html_(self) -> str:
+        from irkit import reprs
+
+        return reprs.session(self)
+
+    def _answer(
+        self,
+        ids: Sequence[int],
+        options: GenerateOptions,
+        capture: Any,
+        edits: Any,
+        asked: Any,
+        kept: "Cache | None" = None,
+    ) -> Generation:
+        """Begins the answer to `ids`, which are what was `asked` as the model reads it."""
+        pooled = self._pooled and kept is None
+        made = self.model.generate(ids, options, self._cache, *self._taps(capture, edits), kept=kept, pooled=pooled)
+        if self._observers:
+            words = asked if isinstance(asked, str) or not all(isinstance(part, int) for part in asked) else None
+            words = self.model.tokenizer.decode(ids) if words is None else words
+            event = Asked(words, options, made, self.name, ASKED_BY.get())
+            for observer in tuple(self._observers):
+                observer(event)
+        return notebook.ends_with_cell(made)
 
     def _generate_options(self, given: Mapping[str, Any]) -> GenerateOptions:
         return parse(GenerateOptions, {**self._own, **given})

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -272,18 +271,21 @@ class Trace(Mapping[str, Value]):
         return kept if axis in ("pos", "query") and kept is not None else range(size)
 
     def _repr_html_(self) -> str:
-        """A notebook's view of it: which hook points, of how many layers, which shapes; nothing is read."""
-        points = {_point(full): full for full in self._values}
+        from irkit import reprs
+
+        return reprs.trace(self)
+
+    def _summary(self) -> tuple[list[str], list[tuple[str, ...]]]:
+        """Facts in words, and of each hook point its name, how many layers, the axes, and the reducer."""
         rows = []
-        for point, full in points.items():
-            layers = len(self.layers(point)) if point != full else ""
+        for point, full in {_point(full): full for full in self._values}.items():
             reducer = self.provenance.reduce.get(point, "")
-            axes = ", ".join(kept_axes(point, reducer or "none"))
-            cells = (_short(point), layers, f"[{axes}]", reducer)
-            rows.append("".join(f"<td>{escape(str(cell))}</td>" for cell in cells))
-        head = "".join(f"<th>{name}</th>" for name in ("name", "layers", "axes", "reduced"))
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<p>{escape(repr(self).strip('<>'))}</p><table><tr>{head}</tr>{body}</table>"
+            layers = str(len(self.layers(point))) if point != full else ""
+            rows.append((_short(point), layers, f"[{', '.join(kept_axes(point, reducer or 'none'))}]", reducer))
+        texts = [f"{len(self.ids)} texts"] if len(self.ids) > 1 else []
+        edits = [f"{len(self.provenance.edits)} edits"] if self.provenance.edits else []
+        counts = [f"{max(map(len, self.ids))} tokens", f"{len(self._values)} arrays", size(self.nbytes)]
+        return [*texts, *counts, *edits], rows
 
     def __repr__(self) -> str:
         names = sorted({_short(_point(full)) for full in self._values})

@@ -87,11 +87,24 @@ ORDER = [
     {"transformer", "families", "tokenizer"},
     {"kernels"},
     {"gguf"},
-    {"options", "results", "as_json", "trace", "tracefile", "plots", "edits", "errors", "garbage"},
+    {
+        "options",
+        "results",
+        "as_json",
+        "trace",
+        "tracefile",
+        "plots",
+        "edits",
+        "errors",
+        "garbage",
+        "reprs",
+        "notebook",
+        "observing",
+    },
 ]
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop or the widget, `irkit serve`
 # the server.
-OPENS = {("session", "cli"), ("session", "widgets"), ("cli", "server")}
+OPENS = {("session", "cli"), ("session", "widgets"), ("session", "server"), ("cli", "server")}
 # `view()` of what is found out, and `irkit.view`.
 OPENS |= {("analysis", "view"), ("analysis", "widgets"), ("trace", "view"), ("trace", "widgets")}
 OPENS |= {("view", "widgets"), ("view", "analysis"), ("widgets", "analysis"), ("session", "analysis")}

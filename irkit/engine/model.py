@@ -9,14 +9,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from irkit import families, gguf, tokenizer
+from irkit import families, gguf, notebook, tokenizer
 from irkit.engine.cache import Cache, Pool
 from irkit.engine.worker import DEVICE, Steps
 from irkit.errors import ContextFullError, ModelFileError, OptionError
@@ -128,14 +128,19 @@ class Model:
         """Start loading the weights, if that has not been done; what computes with them, once it is there."""
         with self._starting:
             if self._runtime is None or (self._runtime.done() and self._runtime.exception()):
-                self._runtime = DEVICE.submit(self._load)
+                nbytes = sum(tensor.nbytes for tensor in self.file.tensors.values())
+                bar = notebook.load_bar(self.path.stem, nbytes)
+                self._runtime = DEVICE.submit(partial(self._load, bar))
         return self._runtime
 
-    def _load(self) -> Runtime:
+    def _load(self, show: Callable[[float], None]) -> Runtime:
         from irkit.engine.runtime import Runtime
 
-        with uncollected():
-            return Runtime(self)
+        try:
+            with uncollected():
+                return Runtime(self, show)
+        finally:
+            show(1)
 
     def generate(
         self,

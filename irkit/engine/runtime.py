@@ -64,8 +64,11 @@ def chunk(remaining: int, room: int, sizes: Sequence[int] = CHUNKS, free_padding
 class Runtime:
     """What the device's thread computes with."""
 
-    def __init__(self, model: Model) -> None:
-        """Read the model's weights; the first programs are loaded or compiled beside that."""
+    def __init__(self, model: Model, show: Callable[[float], None] = lambda fraction: None) -> None:
+        """Read the model's weights; the first programs are loaded or compiled beside that.
+
+        `show` is told which fraction of the weights is in its place.
+        """
         selected = backends.select(model.backend, model.threads)
         fast = model.precision == "fast"
         self.config = model.config
@@ -103,9 +106,18 @@ class Runtime:
         capacity = min(SMALLEST, model.config.n_ctx)
         self._background.submit(self._reader, 32, capacity, False)
         self.prepare(capacity, capacity, top=False)
+        total, placed = weights.total(plans), 0
+
+        def place(plan: weights.Plan, reading: Callable[[], np.ndarray], shape: Any) -> Any:
+            nonlocal placed
+            weight = self._place(plan, reading, shape)
+            placed += plan.nbytes
+            show(placed / total)
+            return weight
+
         with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
             values = weights.read(model.file, plans, kernels, pool)
-            self.params = jax.tree.map(self._place, plans, values, self._shapes)
+            self.params = jax.tree.map(place, plans, values, self._shapes)
 
     def _shape(self, plan: weights.Plan) -> Any:
         shape = plan.weight.shape

@@ -31,7 +31,7 @@ from irkit.server.captures import Format, bounded, check_room, sent, without_tra
 from irkit.server.requests import body_of, read
 from irkit.server.security import LOCAL_ORIGINS, LocalHostsOnly, is_loopback
 from irkit.server.sessions import Sessions
-from irkit.server.streams import answer_lines, answer_once
+from irkit.server.streams import AskedBy, answer_lines, answer_once
 from irkit.trace import Trace
 from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, verbs
 
@@ -74,6 +74,7 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(CORSMiddleware, allow_origin_regex=LOCAL_ORIGINS, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(AskedBy)
     if is_loopback(serving.host):
         app.add_middleware(LocalHostsOnly)
 

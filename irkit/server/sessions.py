@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
 from irkit import hub
 from irkit.errors import ModelNotFoundError
+from irkit.hub.registry import clean_name
 from irkit.options import LoadOptions
 from irkit.session import Session
 
@@ -24,6 +26,14 @@ class Sessions:
     def __init__(self) -> None:
         self._opened: dict[_Key, asyncio.Task[Session]] = {}
         self._waiting = CapacityLimiter(WAITING)
+        self._lent: dict[str, Session] = {}
+
+    def lend(self, session: Session) -> str:
+        """Answer with a session that a program has opened, too; the name that requests give its model."""
+        here = hub.find(session.name) if Path(session.name).name == session.name else None
+        name = here.name if here else clean_name(session.model.path.stem)
+        self._lent[name] = session.pooled()
+        return name
 
     async def get(self, model: str, options: LoadOptions) -> Session:
         """The session of a model that is `known`.
@@ -32,6 +42,10 @@ class Sessions:
             ModelNotFoundError: there is no such model.
             IrkitError: what opening it raises.
         """
+        name = model.lower().removesuffix(":latest")
+        lent = self._lent.get(name)
+        if lent and options in (LoadOptions(), lent.options):
+            return lent
         key = await to_thread.run_sync(known, model), options
         task = self._opened.get(key)
         if task is None:
@@ -53,6 +67,11 @@ class Sessions:
         Raises:
             ModelNotFoundError: there is no such model.
         """
+        if model is None:
+            for lent in self._lent.values():
+                await to_thread.run_sync(lent.close)
+        elif model.lower().removesuffix(":latest") in self._lent:
+            return  # it is not the server's to close
         name = model and await to_thread.run_sync(known, model)
         for key in [key for key in self._opened if name in (None, key[0])]:
             task = self._opened.pop(key)
