@@ -220,6 +220,11 @@ class Generation:
         return "".join(token.text for token in tuple(self._tokens)) + self._tail
 
     @property
+    def partial_tokens(self) -> tuple[Token, ...]:
+        """The token events so far, without waiting."""
+        return tuple(self._tokens)
+
+    @property
     def text(self) -> str:
         """The whole answer."""
         return self.wait().partial_text

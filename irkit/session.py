@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from irkit.engine.cache import Cache
     from irkit.server import Serving
     from irkit.tokenizer import ChatTemplate
+    from irkit.widgets.steering import SteeringPanel
 
 
 class Session:
@@ -417,6 +418,26 @@ class Session:
         from irkit import cli  # the surface this verb opens; imported late, as surfaces lie above Session
 
         cli.prompt_loop(self, system, self._generate_options(options))
+
+    @python_only
+    @accepts(GenerateOptions)
+    def steering(self, vectors: "Mapping[str, Any] | None" = None, prompt: str = "", **options: Any) -> "SteeringPanel":
+        """A panel in a notebook: sliders for steering vectors, heads and layers, and the answer with what they edit
+        beside the one without.
+
+        `panel.edits` are what is chosen, for `generate` and the others. The session's own cache is left as it is.
+
+        Args:
+            vectors: By name, arrays `[d_model]` or what `irkit.analysis.steering_vector` finds.
+            prompt: What both answers answer.
+            options: As for `generate`, for both answers; and what else `irkit.view.steering` lets choose.
+
+        Raises:
+            OptionError: a vector does not fit the model, or an option is unknown or out of bounds.
+        """
+        from irkit import view  # imported late, as surfaces lie above Session
+
+        return view.steering(self, vectors, prompt=prompt, **options)
 
     @python_only
     @accepts(ServeOptions)

@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from irkit.analysis import LogitLens
+    from irkit.session import Session
     from irkit.trace import Trace
     from irkit.widgets.attention import AttentionView
     from irkit.widgets.lens import LensView
+    from irkit.widgets.steering import SteeringPanel
 
-__all__ = ["attention", "lens"]
+__all__ = ["attention", "lens", "steering"]
 
 
 def attention(trace: Trace, text: int = 0, **chosen: Any) -> AttentionView:
@@ -50,3 +54,22 @@ def lens(found: LogitLens, **chosen: Any) -> LensView:
     from irkit.widgets.lens import LensView
 
     return LensView(found, **chosen)
+
+
+def steering(session: Session, vectors: Mapping[str, Any] | None = None, **chosen: Any) -> SteeringPanel:
+    """Sliders for steering vectors, heads and layers, and the answer with what they edit beside the one without.
+
+    Args:
+        session: Whose model answers; its own cache is left as it is.
+        vectors: By name, arrays `[d_model]` or what `irkit.analysis.steering_vector` finds.
+        chosen: What to begin with: `prompt`, `as_message`, `live`, `vectors`, `heads`, `layers`; and the options of
+            `Session.generate` that both answers are made with.
+
+    Raises:
+        OptionError: a vector does not fit the model, there is nothing like what was chosen, or irkit's extra `notebook`
+            is not installed.
+    """
+    import irkit.widgets.base  # noqa: F401 - first, as it says so if something is not installed
+    from irkit.widgets.steering import SteeringPanel
+
+    return SteeringPanel(session, vectors, **chosen)

@@ -104,7 +104,7 @@ ORDER = [
 ]
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop or the widget, `irkit serve`
 # the server.
-OPENS = {("session", "cli"), ("session", "widgets"), ("session", "server"), ("cli", "server")}
+OPENS = {("session", "cli"), ("session", "widgets"), ("session", "view"), ("session", "server"), ("cli", "server")}
 # `view()` of what is found out, and `irkit.view`.
 OPENS |= {("analysis", "view"), ("analysis", "widgets"), ("trace", "view"), ("trace", "widgets")}
 OPENS |= {("view", "widgets"), ("view", "analysis"), ("widgets", "analysis"), ("session", "analysis")}
