@@ -101,6 +101,11 @@ def sampling(model: type[Options] = GenerateOptions, values: Mapping[str, Any] |
     return controls
 
 
+def folded(controls: Controls, title: str) -> Accordion:
+    """The controls under a title, which a click opens."""
+    return Accordion([controls.box], titles=[title], selected_index=None)
+
+
 _STYLE = {"description_width": "9em"}
 _LAYOUT = Layout(width="auto", max_width="440px")
 
