@@ -17,6 +17,7 @@ function unpack({ texts, words }, buffers, most) {
   const [ids, logprobs, topIds, topLogprobs] = [Int32Array, Float32Array, Int32Array, Float32Array].map((Type, at) => typed(buffers[at], Type));
   return texts.map((text, row) => ({
     text,
+    name: words[ids[row]] ?? text,
     id: ids[row],
     logprob: logprobs[row],
     top: Array.from({ length: most }, (_, at) => ({ id: topIds[row * most + at], logprob: topLogprobs[row * most + at] }))
@@ -42,7 +43,7 @@ function answerBody() {
     span.style.background = colour === "none" ? "" : heat(colour, value ?? NaN);
   }
   function span(token, index) {
-    const made = make("span", { className: "irkit-t" }, token.text || "·");
+    const made = make("span", { className: "irkit-t" }, token.text || tokenLabel(token.name));
     made.dataset.at = index;
     if (!token.text) made.classList.add("irkit-empty");
     paint(made, index);
@@ -107,7 +108,7 @@ function answerBody() {
 /** A table of what could have stood in a token's place; `pick`, if given, is called with the one that is clicked. */
 function alternatives(token, entropy, pick = null) {
   const best = Math.max(token.logprob, ...token.top.map((other) => other.logprob));
-  const rows = token.top.some((other) => other.id === token.id) ? token.top : [...token.top, token];
+  const rows = token.top.some((other) => other.id === token.id) ? token.top : [...token.top, { ...token, text: token.name }];
   const table = make("table", { className: "irkit-table irkit-alternatives" });
   for (const other of rows) {
     const stripe = make("span");

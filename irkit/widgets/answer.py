@@ -98,7 +98,7 @@ def facts(turn: Turn) -> str:
         told += [f"{speed:.0f} tokens/s"] if speed else []
         if made.done and made._stats.prompt_tokens:
             stats = made._stats
-            cached = f", {stats.cached_tokens:,} of them known already" if stats.cached_tokens else ""
+            cached = f", {stats.cached_tokens:,} from the cache" if stats.cached_tokens else ""
             told.append(f"{stats.prompt_tokens:,} read{cached}")
         told += [_ENDS[made._reason]] if made._reason in _ENDS else []
     return " · ".join(told)

@@ -31,7 +31,6 @@ function render({ model, el }) {
     { className: "irkit-bar" },
     make("span", { className: "irkit-title" }, name),
     make("span", { className: "irkit-context" }, meter, used),
-    legend,
     choice(model, "colour", "Tokens", { none: "as text", probability: "by probability", entropy: "by entropy" }),
     exporting,
     fresh,
@@ -44,7 +43,7 @@ function render({ model, el }) {
   const stop = make("button", { className: "irkit-stop", hidden: true, onclick: halt, title: "Stop the answer (Escape). The notebook's own interrupt does not reach it." }, "Stop");
   const note = make("div", { className: "irkit-note irkit-state", role: "status" });
   const composer = make("div", { className: "irkit-composer" }, input, send, stop);
-  view.append(bar, systemBox, log, spoken, composer, note);
+  view.append(bar, make("div", { className: "irkit-second" }, systemBox, legend), log, spoken, composer, note);
   const tip = tooltip(view);
 
   // Telling the kernel.
@@ -175,13 +174,13 @@ function render({ model, el }) {
       model.send({ kind: "tokens", turn: id });
     }
     body.show(how);
-    const [full, rgb] = HEAT[how] ?? [];
-    legend.hidden = !full;
-    if (full) {
-      const scale = make("i");
-      scale.style.background = `linear-gradient(to right, rgba(${rgb},0), rgba(${rgb},.6))`;
-      legend.replaceChildren(...(how === "probability" ? ["sure", scale, "surprising"] : ["decided", scale, "undecided"]));
-    }
+  }
+  function explain() {
+    const rgb = HEAT[get("colour")]?.[1];
+    legend.hidden = !rgb;
+    const scale = make("i");
+    scale.style.background = `linear-gradient(to right, rgba(${rgb},.04), rgba(${rgb},.6))`;
+    legend.replaceChildren(...(get("colour") === "probability" ? ["expected", scale, "a surprise"] : ["decided", scale, "undecided"]));
   }
   function listen(id, body) {
     const at = (event) => {
@@ -192,7 +191,7 @@ function render({ model, el }) {
       const index = at(event);
       if (index < 0) return tip.hide();
       const token = body.tokens[index];
-      tip.show(event, make("b", { className: "irkit-token" }, tokenLabel(token.text, 28)), ...alternatives(token, body.entropies?.[index]));
+      tip.show(event, make("b", { className: "irkit-token" }, tokenLabel(token.name, 28)), ...alternatives(token, body.entropies?.[index]));
     });
     body.list.addEventListener("pointerleave", tip.hide);
     body.list.addEventListener("click", (event) => at(event) >= 0 && pin(id, at(event)));
@@ -217,7 +216,7 @@ function render({ model, el }) {
     held.body.mark(position, asks);
     held.extra.hidden = false;
     held.extra.replaceChildren(
-      make("div", { className: "irkit-pinbar" }, make("b", {}, "In place of ", make("span", { className: "irkit-token" }, `“${tokenLabel(token.text, 28)}”`)), action("✕", "Close (Escape)", () => unpin())),
+      make("div", { className: "irkit-pinbar" }, make("b", {}, "In place of ", make("span", { className: "irkit-token" }, `“${tokenLabel(token.name, 28)}”`)), action("✕", "Close (Escape)", () => unpin())),
       ...alternatives(token, held.body.entropies?.[position], (other) => {
         begin();
         tell({ kind: "continue", turn, position, token: other.id });
@@ -340,9 +339,10 @@ function render({ model, el }) {
   model.on("change:turns", sync);
   model.on("change:busy", () => (state(), sync()));
   model.on("change:used", () => fill(get("used")));
-  model.on("change:colour", sync);
+  model.on("change:colour", () => (explain(), sync()));
   model.on("change:system", () => (system.value = get("system")));
   state();
+  explain();
   sync();
   model.send({ kind: "state" });
   return () => {

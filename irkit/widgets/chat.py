@@ -86,7 +86,9 @@ class Chat(base.View):
 
     def whole(self) -> Widget:
         """The chat, what was opened in it, and the controls."""
-        return VBox([self, self._inspector.box, controls.folded(self.controls, "Sampling")])
+        folded = controls.folded(self.controls, "Sampling")
+        folded.add_class("irkit-below")
+        return VBox([self, self._inspector.box, folded])
 
     def twin(self) -> str:
         """The conversation as HTML without script: what was said, and each answer's tokens by their likelihood."""

@@ -45,7 +45,10 @@ class Inspector:
         )
         parts = {"Attention": trace.view(), "Logit lens": looked, "Cache": HTML(cached(session, ids, trace))}
         self.clear()
-        self.box.children = (heading, Tab(list(parts.values()), titles=list(parts)))
+        tabs = Tab(list(parts.values()), titles=list(parts))
+        tabs.add_class("irkit-below")
+        tabs.add_class("irkit-step")
+        self.box.children = (heading, tabs)
 
     def clear(self) -> None:
         """Show nothing."""
