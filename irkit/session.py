@@ -137,18 +137,10 @@ class Session:
             ContextFullError: the conversation does not fit the context.
             OptionError: an option is unknown or out of bounds, or the template refuses the messages.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        system = self._manifest.system if self._manifest else None
-        if system and isinstance(messages, Sequence) and not any(map(_is_system, messages)):
-            messages = [{"role": "system", "content": system}, *messages]
         parsed = self._generate_options(options)
-        model = self.model
-        model.load()  # the template and the tokenizer go on beside it
-        template = self.template
-        ids = template.encode(model.tokenizer, messages, tools=tools)
-        # The plain format that stands in for a missing template ends a turn with words, not with a token.
-        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *template.stop)})
+        self.model.load()  # the template and the tokenizer go on beside it
+        messages, ids, stop = self._laid_out(messages, tools)
+        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *stop)})
         return self._answer(ids, parsed, capture, edits, messages)
 
     @python_only
@@ -409,15 +401,22 @@ class Session:
             self.model.forget()
 
     @accepts(GenerateOptions)
-    def chat(self, system: System = None, **options: Any) -> None:
-        """Talk to the model, in a prompt loop in the terminal.
+    def chat(self, system: System = None, **options: Any) -> Any:
+        """Talk to the model: in a notebook a chat to be displayed, in a terminal a prompt loop.
 
         Raises:
-            OptionError: an option is unknown or out of bounds, or there is no terminal.
+            OptionError: an option is unknown or out of bounds, or there is neither notebook nor terminal.
         """
-        from irkit import cli  # the surface this verb opens; imported late, as surfaces lie above Session
+        # The surfaces this verb opens are imported late, as they lie above Session.
+        parsed = self._generate_options(options)
+        if notebook.shell() is not None:
+            import irkit.widgets.base  # noqa: F401 - first, as it says so if something is not installed
+            from irkit.widgets.chat import Chat
 
-        cli.prompt_loop(self, system, self._generate_options(options))
+            return Chat(self, system or "", parsed)
+        from irkit import cli
+
+        return cli.prompt_loop(self, system, parsed)
 
     @python_only
     @accepts(GenerateOptions)
@@ -504,6 +503,21 @@ class Session:
             for observer in tuple(self._observers):
                 observer(event)
         return notebook.ends_with_cell(made)
+
+    def _laid_out(
+        self, messages: Any, tools: Any = None
+    ) -> tuple[Sequence[Mapping[str, Any]], list[int], tuple[str, ...]]:
+        """A conversation as it is asked, as the model reads it, and the texts that end its answer.
+
+        The plain format that stands in for a missing template ends a turn with words, not with a token.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        system = self._manifest.system if self._manifest else None
+        if system and isinstance(messages, Sequence) and not any(map(_is_system, messages)):
+            messages = [{"role": "system", "content": system}, *messages]
+        template = self.template
+        return messages, template.encode(self.model.tokenizer, messages, tools=tools), tuple(template.stop)
 
     def _generate_options(self, given: Mapping[str, Any]) -> GenerateOptions:
         return parse(GenerateOptions, {**self._own, **given})
