@@ -42,7 +42,8 @@ function make(tag, properties = {}, ...children) {
 /** A view's root, which hides its static twin while it is there. Its keys are its own: Jupyter's shortcuts stay out. */
 function root(model, el, name, label) {
   const made = make("div", { className: `irkit-view irkit-${name}`, role: "group", "aria-label": label });
-  made.setAttribute("data-lm-suppress-shortcuts", "true");
+  // JupyterLab listens as events bubble up; Notebook 7 before they come here, and looks at the focused element alone.
+  made.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
   made.addEventListener("keydown", (event) => event.stopPropagation());
   made.append(make("style", {}, `.irkit-twin-${model.get("twin_id")} { display: none; }`));
   el.append(made);
