@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from irkit.server import Serving
     from irkit.tokenizer import ChatTemplate
     from irkit.widgets.steering import SteeringPanel
+    from irkit.widgets.watch import WatchView
 
 
 class Session:
@@ -347,10 +348,17 @@ class Session:
         return made
 
     @python_only
-    def fork(self) -> "Session":
-        """A session of the same model whose cache begins as a fork of this one's: the same, and then independent."""
+    def fork(self, cache: CacheView | None = None) -> "Session":
+        """A session of the same model whose cache begins as a fork of this one's, or of `cache`: the same, and then
+        independent.
+
+        Raises:
+            OptionError, ContextFullError: `cache` is of another model or other options, or holds too much.
+        """
         made = copy.copy(self)
-        made._cache, made._edits, made._pooled, made._serving = self.cache.fork()._cache, [], False, None
+        made._cache = self.model.new_cache(self._cache.n_ctx)
+        made._edits, made._pooled, made._serving = [], False, None
+        made.cache = self.cache if cache is None else cache
         return made
 
     @python_only
@@ -439,6 +447,13 @@ class Session:
         return view.steering(self, vectors, prompt=prompt, **options)
 
     @python_only
+    def watch(self) -> "WatchView":
+        """A view in a notebook of what this session answers, here or over HTTP (`serve`), while it answers it."""
+        from irkit import view
+
+        return view.watch(self)
+
+    @python_only
     @accepts(ServeOptions)
     def serve(self, **options: Any) -> "Serving":
         """Serve the loaded model over HTTP, beside what else is done with it, until `stop()` of what this returns, or
@@ -495,11 +510,12 @@ class Session:
     ) -> Generation:
         """Begins the answer to `ids`, which are what was `asked` as the model reads it."""
         pooled = self._pooled and kept is None
-        made = self.model.generate(ids, options, self._cache, *self._taps(capture, edits), kept=kept, pooled=pooled)
+        captured, changes = self._taps(capture, edits)
+        made = self.model.generate(ids, options, self._cache, captured, changes, kept=kept, pooled=pooled)
         if self._observers:
             words = asked if isinstance(asked, str) or not all(isinstance(part, int) for part in asked) else None
             words = self.model.tokenizer.decode(ids) if words is None else words
-            event = Asked(words, options, made, self.name, ASKED_BY.get())
+            event = Asked(words, options, made, self.name, tuple(ids), changes, ASKED_BY.get())
             for observer in tuple(self._observers):
                 observer(event)
         return notebook.ends_with_cell(made)

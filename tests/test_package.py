@@ -106,7 +106,14 @@ ORDER = [
 # the server.
 OPENS = {("session", "cli"), ("session", "widgets"), ("session", "view"), ("session", "server"), ("cli", "server")}
 # `view()` of what is found out, and `irkit.view`.
-OPENS |= {("analysis", "view"), ("analysis", "widgets"), ("trace", "view"), ("trace", "widgets")}
+OPENS |= {
+    ("engine", "view"),
+    ("engine", "widgets"),
+    ("analysis", "view"),
+    ("analysis", "widgets"),
+    ("trace", "view"),
+    ("trace", "widgets"),
+}
 OPENS |= {("view", "widgets"), ("view", "analysis"), ("widgets", "analysis"), ("session", "analysis")}
 
 

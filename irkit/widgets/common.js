@@ -50,11 +50,11 @@ function root(model, el, name, label) {
   return made;
 }
 
-/** A labelled drop-down that follows a trait of the model, and sets it. */
-function choice(model, trait, label, options) {
+/** A labelled drop-down that follows a trait of the model, and sets it to what `read` makes of a value. */
+function choice(model, trait, label, options, read = String) {
   const select = make("select", {
     onchange: () => {
-      model.set(trait, select.value);
+      model.set(trait, read(select.value));
       model.save_changes();
     },
   });

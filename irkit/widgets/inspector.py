@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ipywidgets import HTML, Tab, VBox
 
+from irkit.edits import Edit
 from irkit.results import Token
 from irkit.session import Session
 from irkit.trace import Trace, size
@@ -29,15 +30,15 @@ class Inspector:
         self.box = VBox([])
         self._session = session
 
-    def show(self, ids: Sequence[int], token: Token) -> None:
-        """Show the step that read `ids` and made `token`.
+    def show(self, ids: Sequence[int], token: Token, edits: Sequence[Edit] = ()) -> None:
+        """Show the step that read `ids` and made `token`, with these edits.
 
         Raises:
             IrkitError: it cannot be computed, or would take more memory than it may.
         """
         session = self._session
-        trace = session.trace(ids, names=("pattern", "rot_k", "v"), positions=-1, logits="none")
-        lens = session.lens(ids, positions=range(-min(_POSITIONS, len(ids)), 0), k=_K)
+        trace = session.trace(ids, edits, names=("pattern", "rot_k", "v"), positions=-1, logits="none")
+        lens = session.lens(ids, edits, positions=range(-min(_POSITIONS, len(ids)), 0), k=_K)
         looked = lens.view(locked=True)
         looked.follow(token.id)
         heading = HTML(

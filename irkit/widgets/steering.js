@@ -275,8 +275,8 @@ function render({ model, el }) {
   const differ = () => !same && parted() < Math.max(sides[0].length, sides[1].length) && (!get("running") || parted() < Math.min(sides[0].length, sides[1].length));
   /** The token that is compared. */
   function compared() {
-    const longest = Math.max(sides[0].length, sides[1].length);
-    return Math.min(chosen ?? (differ() ? parted() : longest - 1), longest - 1);
+    const [least, most] = [sides[0].length, sides[1].length].sort((a, b) => a - b);
+    return Math.min(chosen ?? (differ() ? parted() : get("running") && least ? least - 1 : most - 1), most - 1);
   }
   function choose(index) {
     chosen = index;

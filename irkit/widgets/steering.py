@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import traitlets
+from ipywidgets import VBox, Widget
 
 from irkit import reprs
 from irkit.analysis.steering import SteeringVector, steering_vector
@@ -17,7 +18,7 @@ from irkit.edits import Edit, scale, steer
 from irkit.errors import IrkitError, OptionError
 from irkit.observing import ASKED_BY
 from irkit.options import GenerateOptions, parse
-from irkit.widgets import base
+from irkit.widgets import base, controls
 from irkit.widgets.choosing import choose
 
 if TYPE_CHECKING:
@@ -59,8 +60,6 @@ class SteeringPanel(base.View):
     """Heads that are scaled: `[layer, head, factor]`; 0 takes a head out."""
     layers = traitlets.List().tag(sync=True, choice=True)
     """Parts of layers that are scaled: `["attn" or "mlp", layer, factor]`."""
-    options = traitlets.Dict().tag(choice=True)
-    """How both answers are made: the options of `Session.generate`."""
     answers = traitlets.Dict().tag(sync=True)
     """Both answers, once they have ended."""
     running = traitlets.Bool(False).tag(sync=True)
@@ -99,8 +98,11 @@ class SteeringPanel(base.View):
         for name, vector in (vectors or {}).items():
             self.add(name, vector)
         mine = {name: chosen.pop(name) for name in self.trait_names(choice=True) if name in chosen}
-        choose(self, {"options": dict(chosen)} | mine)
-        self._checked()
+        self._options = parse(GenerateOptions, {**BEGIN, **chosen})
+        choose(self, mine)
+        self.controls = controls.sampling(GenerateOptions, dict(self._options))
+        """The sampling controls, which hold for both answers: to be read, set and observed."""
+        self.controls.observe(lambda changed: self.answer() if self.live and self.prompt else None)
         self.on_msg(self._asked)
 
     def add(self, name: str, vector: SteeringVector | Any, layer: int | None = None, strength: float = 0.0) -> None:
@@ -176,9 +178,16 @@ class SteeringPanel(base.View):
             if generation is not None:
                 generation.cancel()
 
+    def whole(self) -> Widget:
+        """The panel, and the sampling controls folded below it."""
+        folded = controls.folded(self.controls, "Sampling, for both")
+        folded.add_class("irkit-below")
+        return VBox([self, folded])
+
     def close(self) -> None:
         """End the answers, and take the panel away."""
         self.stop()
+        self.controls.close()
         for side in self._sides:
             side.close()
         super().close()
@@ -207,11 +216,10 @@ class SteeringPanel(base.View):
         if self.live:
             self.answer()
 
-    def _checked(self) -> GenerateOptions:
-        """The options of both answers, with a seed that both have."""
-        given = BEGIN | self.options
-        parsed = parse(GenerateOptions, {**given, "top_logprobs": max(COMPARED, given.get("top_logprobs", 0))})
-        return parsed if parsed.seed >= 0 else parsed.model_copy(update={"seed": secrets.randbits(31)})
+    @property
+    def options(self) -> GenerateOptions:
+        """How both answers are made; a seed of -1 is another one for each pair of them."""
+        return parse(GenerateOptions, {**dict(self._options), **self.controls.read()})
 
     def _work(self, run: int, stop: threading.Event) -> None:
         """Make both answers, and tell of them as they are made."""
@@ -229,7 +237,9 @@ class SteeringPanel(base.View):
 
     def _begin(self) -> None:
         self._session.model  # noqa: B018 - says so if the session is closed
-        options, edits = dict(self._checked()), self.edits
+        options, edits = dict(self.options), self.edits
+        options["top_logprobs"] = max(COMPARED, options["top_logprobs"])
+        options["seed"] = options["seed"] if options["seed"] >= 0 else secrets.randbits(31)
         words: Any = [{"role": "user", "content": self.prompt}] if self.as_message else self.prompt
         asks = [side.respond if self.as_message else side.generate for side in self._sides]
         self.unedited = asks[0](words, **options)
@@ -277,7 +287,9 @@ class SteeringPanel(base.View):
                 texts[first] = f'<u><b title="the first token that differs">{texts[first]}</b></u>'
             cells.append(f'<td><div class="irkit-words">{"".join(texts)}</div></td>')
         head = "<tr><th>unedited</th><th>edited</th></tr>"
-        parts.append(f'<div class="irkit-words">{escape(self.prompt)}</div><table>{head}<tr>{"".join(cells)}</tr></table>')
+        parts.append(
+            f'<div class="irkit-words">{escape(self.prompt)}</div><table>{head}<tr>{"".join(cells)}</tr></table>'
+        )
         return reprs.out(*parts)
 
     def words(self) -> list[str]:
@@ -287,7 +299,9 @@ class SteeringPanel(base.View):
         ]
         said += [f"layer {layer} head {head} × {factor:g}" for layer, head, factor in self.heads if factor != 1]
         names = {"attn": "attention", "mlp": "MLP"}
-        return said + [f"layer {layer} {names[part]} × {factor:g}" for part, layer, factor in self.layers if factor != 1]
+        return said + [
+            f"layer {layer} {names[part]} × {factor:g}" for part, layer, factor in self.layers if factor != 1
+        ]
 
 
 def _token(token: Token) -> list[Any]:
