@@ -69,8 +69,8 @@ class SteeringPanel(base.View):
     def __init__(
         self, session: Session, vectors: Mapping[str, SteeringVector | Any] | None = None, **chosen: Any
     ) -> None:
-        """`vectors` are arrays `[d_model]`, or what `steering_vector` finds, by name; `chosen` values for the traits, or
-        options of `Session.generate`.
+        """`vectors` are arrays `[d_model]`, or what `steering_vector` finds, by name; `chosen` are values for the
+        traits, or options of `Session.generate`.
 
         Raises:
             OptionError: a vector does not fit the model, or there is nothing to choose like that.
@@ -91,6 +91,7 @@ class SteeringPanel(base.View):
         self._vectors: dict[str, np.ndarray] = {}
         self._stop = threading.Event()
         self._run = 0
+        self._lock = threading.Lock()
         self.unedited: Generation | None = None
         """The last answer without the edits."""
         self.edited: Generation | None = None
@@ -166,9 +167,10 @@ class SteeringPanel(base.View):
 
     def answer(self) -> None:
         """Begin both answers anew; they are made while this returns."""
-        self.stop()
-        self._run += 1
-        self._stop = threading.Event()
+        with self._lock:
+            self.stop()
+            self._run += 1
+            self._stop = threading.Event()
         threading.Thread(target=self._work, args=(self._run, self._stop), name="irkit-panel", daemon=True).start()
 
     def stop(self) -> None:
@@ -199,7 +201,9 @@ class SteeringPanel(base.View):
         elif kind == "stop":
             self.stop()
         elif kind == "state":
-            self.send({"kind": "answer", "run": self._run, "begin": [0, 0], **self._told((0, 0))})
+            if self.unedited is not None and self.edited is not None:
+                told = _told((self.unedited, self.edited), (0, 0))
+                self.send({"kind": "answer", "run": self._run, "begin": (0, 0), **told})
         elif kind == "make":
             threading.Thread(target=self._make, args=(message,), daemon=True).start()
 
@@ -226,53 +230,50 @@ class SteeringPanel(base.View):
         ASKED_BY.set("steering panel")
         self.running = True
         try:
-            self._begin()
-            self.problem = ""
-            self._follow(run, stop)
+            pair = self._begin()
+            with self._lock:
+                if run == self._run:
+                    self.unedited, self.edited = pair
+                    self.problem = ""
+            self._follow(run, stop, pair)
         except IrkitError as error:
             self.problem = str(error)
-        finally:
+        except Exception as error:
+            self.problem = f"{type(error).__name__}: {error}"
+        with self._lock:
             if run == self._run:
                 self.running = False
 
-    def _begin(self) -> None:
+    def _begin(self) -> tuple[Generation, Generation]:
+        """Both answers, begun; the same one twice where nothing is edited."""
         self._session.model  # noqa: B018 - says so if the session is closed
         options, edits = dict(self.options), self.edits
         options["top_logprobs"] = max(COMPARED, options["top_logprobs"])
         options["seed"] = options["seed"] if options["seed"] >= 0 else secrets.randbits(31)
         words: Any = [{"role": "user", "content": self.prompt}] if self.as_message else self.prompt
         asks = [side.respond if self.as_message else side.generate for side in self._sides]
-        self.unedited = asks[0](words, **options)
-        self.edited = asks[1](words, edits=edits, **options) if edits else self.unedited
+        unedited = asks[0](words, **options)
+        return unedited, asks[1](words, edits=edits, **options) if edits else unedited
 
-    def _follow(self, run: int, stop: threading.Event) -> None:
+    def _follow(self, run: int, stop: threading.Event, pair: tuple[Generation, Generation]) -> None:
+        """Tell of both answers until they have ended, or others are wanted."""
         seen = (0, 0)
         ended = False
         while not ended:
-            stop.wait(PERIOD)
+            if stop.wait(PERIOD):
+                for each in pair:
+                    each.cancel()
+                pair[1].wait_for(PERIOD)
             if run != self._run:
                 return
-            if stop.is_set():
-                self.stop()  # it may have come before there was an answer to stop
-            pair = self.unedited, self.edited
-            ended = all(each is None or each.done for each in pair)
-            told = self._told(seen)
+            ended = all(each.done for each in pair)
+            told = _told(pair, seen)
             self.send({"kind": "answer", "run": run, "begin": seen, **told})
             seen = tuple(begin + len(side["tokens"]) for begin, side in zip(seen, told["sides"], strict=True))
         for each in pair:
-            if each is not None:
-                each.wait()
-        self.answers = {"run": run, **self._told((0, 0))}
+            each.wait()  # raises what it failed with
+        self.answers = {"run": run, **_told(pair, (0, 0))}
         self.refresh_twin()
-
-    def _told(self, seen: Sequence[int]) -> dict[str, Any]:
-        """Both answers, from these tokens on."""
-        sides = []
-        for generation, begin in zip((self.unedited, self.edited), seen, strict=True):
-            tokens = () if generation is None else generation.partial_tokens[begin:]
-            facts = [] if generation is None else reprs.generation_facts(generation)
-            sides.append({"tokens": [_token(token) for token in tokens], "facts": " · ".join(facts)})
-        return {"sides": sides, "same": self.unedited is self.edited}
 
     def twin(self) -> str:
         """Both answers side by side as HTML without script, the first token that differs underlined."""
@@ -286,10 +287,8 @@ class SteeringPanel(base.View):
             if first < len(texts):
                 texts[first] = f'<u><b title="the first token that differs">{texts[first]}</b></u>'
             cells.append(f'<td><div class="irkit-words">{"".join(texts)}</div></td>')
-        head = "<tr><th>unedited</th><th>edited</th></tr>"
-        parts.append(
-            f'<div class="irkit-words">{escape(self.prompt)}</div><table>{head}<tr>{"".join(cells)}</tr></table>'
-        )
+        parts.append(f'<div class="irkit-words">{escape(self.prompt)}</div>')
+        parts.append(f"<table><tr><th>unedited</th><th>edited</th></tr><tr>{''.join(cells)}</tr></table>")
         return reprs.out(*parts)
 
     def words(self) -> list[str]:
@@ -302,6 +301,15 @@ class SteeringPanel(base.View):
         return said + [
             f"layer {layer} {names[part]} × {factor:g}" for part, layer, factor in self.layers if factor != 1
         ]
+
+
+def _told(pair: tuple[Generation, Generation], seen: Sequence[int]) -> dict[str, Any]:
+    """Both answers, from these tokens on."""
+    sides = []
+    for generation, begin in zip(pair, seen, strict=True):
+        facts = " · ".join(reprs.generation_facts(generation))
+        sides.append({"tokens": [_token(token) for token in generation.partial_tokens[begin:]], "facts": facts})
+    return {"sides": sides, "same": pair[0] is pair[1]}
 
 
 def _token(token: Token) -> list[Any]:

@@ -242,14 +242,7 @@ def _look(seen: Seen) -> None:
     if ended:
         seen.live = False
         # The answer's own object may hold captures, which are as large as they are wanted.
-        ended_as = Generation()
-        ended_as._tail, ended_as._reason, ended_as._stats, ended_as._error = (
-            made._tail,
-            made._reason,
-            made._stats,
-            made._error,
-        )
-        seen.asked = replace(seen.asked, generation=ended_as)
+        seen.asked = replace(seen.asked, generation=Generation())
 
 
 def messages(words: str | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
