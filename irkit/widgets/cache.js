@@ -161,9 +161,12 @@ function render({ model, el }) {
   function drawText() {
     const at = position();
     const [first, last] = range();
+    const written = [info.version, at, first, last].join();
+    if (written === text.written) return;
+    text.written = written;
     const [from, to] = [Math.max(0, Math.min(first, at) - NEAR), Math.min(count(), Math.max(last, at) + NEAR)];
     const spans = info.tokens.slice(from, to).map((token, index) => {
-      const made = make("span", {}, token);
+      const made = make("span", {}, token.replaceAll("\n", "↵\n") || "∅");
       made.dataset.at = from + index;
       if (from + index >= first && from + index <= last) made.className = first === last ? "irkit-here" : "irkit-here irkit-several";
       return made;
