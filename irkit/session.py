@@ -34,6 +34,7 @@ from irkit.options import (
     System,
     Text,
     Texts,
+    Think,
     TokenIds,
     TokenizeOptions,
     Tools,
@@ -126,7 +127,13 @@ class Session:
 
     @accepts(GenerateOptions)
     def respond(
-        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        capture: Captures = None,
+        edits: Edits = None,
+        think: Think = None,
+        **options: Any,
     ) -> Generation:
         """Answer a conversation, laid out by the model's own chat template.
 
@@ -134,7 +141,8 @@ class Session:
 
         Raises:
             ContextFullError: the conversation does not fit the context.
-            OptionError: an option is unknown or out of bounds, or the template refuses the messages.
+            OptionError: an option is unknown or out of bounds, the template refuses the messages, or has no place for
+                tools or thinking.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -145,7 +153,11 @@ class Session:
         model = self.model
         model.load()  # the template and the tokenizer go on beside it
         template = self.template
-        ids = template.encode(model.tokenizer, messages, tools=tools)
+        if tools and not template.takes_tools:
+            raise OptionError(f"model '{self.name}' does not support tools")
+        if think and not template.forms.thinking:
+            raise OptionError(f"model '{self.name}' does not support thinking")
+        ids = template.encode(model.tokenizer, messages, tools=tools, think=think)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
         parsed = parsed.model_copy(update={"stop": (*parsed.stop, *template.stop)})
         return self._answer(ids, parsed, capture, edits, messages)
@@ -163,10 +175,16 @@ class Session:
     @python_only
     @accepts(GenerateOptions)
     def arespond(
-        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        capture: Captures = None,
+        edits: Edits = None,
+        think: Think = None,
+        **options: Any,
     ) -> Generation:
         """`respond`, to be awaited or iterated with `async for`, as every `Generation` can be."""
-        return self.respond(messages, tools, capture, edits, **options)
+        return self.respond(messages, tools, capture, edits, think, **options)
 
     @accepts(TokenizeOptions)
     def tokenize(self, text: PlainText, **options: Any) -> list[int]:
