@@ -60,9 +60,9 @@ def test_user_defined_tokens_are_always_found_and_control_tokens_on_request(byte
 
 
 def test_control_tokens_that_set_the_parts_of_an_answer_off_can_be_written(byte_level: MakeTokenizer) -> None:
-    tokenizer = byte_level(control=["[TOOL_CALLS]", "[/TOOL]", "</think>"])
-    ids = ids_of(tokenizer, "a</think>[TOOL_CALLS]{}[/TOOL]")
-    for markers, text in ((True, "a</think>[TOOL_CALLS]{}"), (False, "a{}")):
+    tokenizer = byte_level(control=["[TOOL_CALLS]", "[/TOOL]"])
+    ids = tokenizer.encode("a[TOOL_CALLS]{}[/TOOL]", parse_special=True)
+    for markers, text in ((True, "a[TOOL_CALLS]{}"), (False, "a{}")):
         stream = tokenizer.stream(markers=markers)
         assert "".join(map(stream.push, ids)) == text
 
