@@ -14,9 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import irkit
+from irkit.engine.worker import DEVICE
 from irkit.errors import (
     BackendError,
     BudgetError,
+    BusyError,
     ContextFullError,
     IrkitError,
     ModelNotFoundError,
@@ -28,10 +30,11 @@ from irkit.options import GenerateOptions, LoadOptions, Options, ServeOptions
 from irkit.results import Generation
 from irkit.server import ollama
 from irkit.server.captures import Format, bounded, check_room, sent, without_traces
+from irkit.server.places import TakesPlace
 from irkit.server.requests import body_of, read
-from irkit.server.security import LOCAL_ORIGINS, LocalHostsOnly, is_loopback
+from irkit.server.security import KnownOriginsOnly, LocalHostsOnly, WithKeyOnly, allowed_origins, api_key, is_loopback
 from irkit.server.sessions import Sessions
-from irkit.server.streams import AskedBy, answer_lines, answer_once
+from irkit.server.streams import answer_lines, answer_once
 from irkit.trace import Trace
 from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, verbs
 
@@ -46,8 +49,14 @@ STATUSES = {
     ModelNotFoundError: 404,
     PullError: 502,
     BudgetError: 413,
+    BusyError: 503,
 }
 """The HTTP status of each error; 500 where it is not the request's fault."""
+
+
+RETRY_AFTER = 2
+"""Seconds after which a client may try again where the server is busy."""
+_COMPUTE_NOTHING = {"tokenize", "detokenize", "info", "reset"}
 
 
 class CloseRequest(Options):
@@ -59,8 +68,9 @@ class CloseRequest(Options):
 
 def create_app(options: ServeOptions | None = None) -> FastAPI:
     """The ASGI application of `irkit serve`; on a loopback address it answers to local names only."""
-    sessions = Sessions()
     serving = options or ServeOptions()
+    sessions = Sessions(serving)
+    DEVICE.most = serving.parallel
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -73,8 +83,13 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
-    app.add_middleware(CORSMiddleware, allow_origin_regex=LOCAL_ORIGINS, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(AskedBy)
+    # Those added last come first.
+    app.add_middleware(TakesPlace, places=sessions.places)
+    if key := api_key(serving):
+        app.add_middleware(WithKeyOnly, key=key)
+    origins = allowed_origins(serving.origins)
+    app.add_middleware(CORSMiddleware, allow_origin_regex=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(KnownOriginsOnly, origins=origins)
     if is_loopback(serving.host):
         app.add_middleware(LocalHostsOnly)
 
@@ -135,7 +150,7 @@ def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb, budget: int) -> None
         asked: Any = await read(request, body)
         given: Mapping[str, Any] = dict(asked)
         load = LoadOptions(**{name: given[name] for name in LoadOptions.model_fields})
-        session = await sessions.get(asked.model, load)
+        session = await sessions.get(asked.model, load, computes=verb.name not in _COMPUTE_NOTHING)
         # What was left out is the model's own to set, if it has been made with options.
         given = {n: v for n, v in given.items() if n not in GenerateOptions.model_fields or n in asked.model_fields_set}
         arguments = bounded({name: given[name] for name in names if name in given}, budget)
@@ -172,7 +187,8 @@ def _error(message: str, status: int, headers: Mapping[str, str] | None = None) 
 
 
 async def _on_irkit_error(request: Request, error: Exception) -> Response:
-    return _error(str(error), next((s for kind, s in STATUSES.items() if isinstance(error, kind)), 500))
+    headers = {"Retry-After": str(RETRY_AFTER)} if isinstance(error, BusyError) else None
+    return _error(str(error), next((s for kind, s in STATUSES.items() if isinstance(error, kind)), 500), headers)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
