@@ -9,8 +9,9 @@ import ipaddress
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from irkit.server.errors import Fault
 
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)(:\d+)?|(app|file|tauri|vscode-[\w-]+)://.*"
 """A pattern of the origins that may read answers."""
@@ -44,7 +45,7 @@ class LocalHostsOnly:
         """Pass the request on, or refuse it."""
         app = self._app
         if scope["type"] == "http" and not is_local(Headers(scope=scope).get("host", "")):
-            app = JSONResponse({"error": "the Host header names no local address"}, 403)
+            app = Fault("the Host header names no local address", 403).reply(scope["path"])
         await app(scope, receive, send)
 
 
