@@ -315,7 +315,8 @@ def parse(model: type[_Model], given: Mapping[str, Any]) -> _Model:
     try:
         return model(**given)
     except ValidationError as error:
-        raise OptionError(explain(error, model.model_fields)) from None
+        where = error.errors(include_url=False)[0]["loc"]
+        raise OptionError(explain(error, model.model_fields), str(where[0])[:80] if where else None) from None
 
 
 def check(annotation: Any, name: str, value: Any) -> Any:
@@ -328,7 +329,7 @@ def check(annotation: Any, name: str, value: Any) -> Any:
         return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
         detail = error.errors(include_url=False)[-1]
-        raise OptionError(_sentence(name, detail)) from None
+        raise OptionError(_sentence(name, detail), name) from None
 
 
 def check_logit_bias(options: SamplingOptions, d_vocab: int) -> None:

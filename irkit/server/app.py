@@ -15,21 +15,12 @@ from starlette.requests import ClientDisconnect
 
 import irkit
 from irkit.engine.worker import DEVICE
-from irkit.errors import (
-    BackendError,
-    BudgetError,
-    BusyError,
-    ContextFullError,
-    IrkitError,
-    ModelNotFoundError,
-    OptionError,
-    PullError,
-    UnsupportedModelError,
-)
+from irkit.errors import IrkitError
 from irkit.options import GenerateOptions, LoadOptions, Options, ServeOptions
 from irkit.results import Generation
 from irkit.server import ollama
 from irkit.server.captures import Format, bounded, check_room, sent, without_traces
+from irkit.server.errors import fault
 from irkit.server.places import TakesPlace
 from irkit.server.requests import body_of, read
 from irkit.server.security import KnownOriginsOnly, LocalHostsOnly, WithKeyOnly, allowed_origins, api_key, is_loopback
@@ -41,21 +32,7 @@ from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, verbs
 WITHOUT_ROUTE = {"chat", "close", "generate", "embed"}
 """Verbs that need a terminal, close the server's sessions, or have their route in Ollama's shape."""
 
-STATUSES = {
-    OptionError: 400,
-    ContextFullError: 400,
-    UnsupportedModelError: 400,
-    BackendError: 400,
-    ModelNotFoundError: 404,
-    PullError: 502,
-    BudgetError: 413,
-    BusyError: 503,
-}
-"""The HTTP status of each error; 500 where it is not the request's fault."""
 
-
-RETRY_AFTER = 2
-"""Seconds after which a client may try again where the server is busy."""
 _COMPUTE_NOTHING = {"tokenize", "detokenize", "info", "reset"}
 
 
@@ -79,10 +56,9 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
 
     app = FastAPI(title="irkit", version=irkit.__version__, lifespan=lifespan, redoc_url=None)
     app.state.sessions = sessions
-    app.add_exception_handler(IrkitError, _on_irkit_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
+    for kind in (IrkitError, HTTPException, Exception):
+        app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_bug)
     # Those added last come first.
     app.add_middleware(TakesPlace, places=sessions.places)
     if key := api_key(serving):
@@ -182,23 +158,10 @@ async def _result(model: str, generation: Generation, put: Callable[[Any], Any])
     return {"model": model, "result": await to_thread.run_sync(put, generation)}
 
 
-def _error(message: str, status: int, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse({"error": message}, status, headers)
-
-
-async def _on_irkit_error(request: Request, error: Exception) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER)} if isinstance(error, BusyError) else None
-    return _error(str(error), next((s for kind, s in STATUSES.items() if isinstance(error, kind)), 500), headers)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _error(error.detail, error.status_code, error.headers)
+async def _on_error(request: Request, error: Exception) -> Response:
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return fault(error).reply(request.url.path, headers)  # the server logs what nobody expected
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=400)  # nobody reads it
-
-
-async def _on_bug(request: Request, error: Exception) -> Response:
-    return _error("internal error", 500)  # the server logs the error

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from irkit.options import ServeOptions
+from irkit.server.errors import Fault
 
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)(:\d+)?|(app|file|tauri|vscode-[\w-]+)://.*"
 """A pattern of the origins whose pages may always use a server."""
@@ -53,7 +53,7 @@ class LocalHostsOnly:
         """Pass the request on, or refuse it."""
         app = self._app
         if scope["type"] == "http" and not is_local(Headers(scope=scope).get("host", "")):
-            app = refusal(scope, "the Host header names no local address", 403)
+            app = Fault("the Host header names no local address", 403).reply(scope["path"])
         await app(scope, receive, send)
 
 
@@ -86,7 +86,7 @@ class KnownOriginsOnly:
             origin, own = headers.get("origin"), headers.get("host", "")
             known = origin is None or self._origins.fullmatch(origin)
             if not known and origin not in (f"http://{own}", f"https://{own}"):
-                app = refusal(scope, "this origin may not use the server", 403)
+                app = Fault("this origin may not use the server", 403).reply(scope["path"])
         await app(scope, receive, send)
 
 
@@ -101,21 +101,14 @@ class WithKeyOnly:
         """Pass the request on, or refuse it."""
         app = self._app
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._carried(Headers(scope=scope)):
-            app = refusal(scope, "a key is needed: Authorization: Bearer KEY", 401, {"WWW-Authenticate": "Bearer"})
+            refused = Fault("a key is needed: Authorization: Bearer KEY", 401)
+            app = refused.reply(scope["path"], {"WWW-Authenticate": "Bearer"})
         await app(scope, receive, send)
 
     def _carried(self, headers: Headers) -> bool:
         kind, _, key = headers.get("authorization", "").partition(" ")
         # How long it takes says nothing about where two keys differ.
         return hmac.compare_digest(key.strip().encode(), self._key) and kind.lower() == "bearer"
-
-
-def refusal(scope: Scope, message: str, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An answer in the shape of errors that the API of the path has."""
-    words: Any = message
-    if scope["path"].startswith("/v1/"):
-        words = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": words}, status, headers)
 
 
 def _address(text: str) -> Any:
