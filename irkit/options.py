@@ -66,7 +66,7 @@ def _no_empty_stop(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 StopStrings = Annotated[
-    tuple[str, ...],
+    tuple[Annotated[str, Field(max_length=1000)], ...],
     BeforeValidator(_as_stop_strings),
     AfterValidator(_no_empty_stop),
     Field(max_length=64),
@@ -263,12 +263,22 @@ class LensOptions(Options):
 
 
 class ServeOptions(Options):
-    """Where the server listens."""
+    """Where the server listens, to whom, and how much it takes on."""
 
     host: str = "127.0.0.1"
     """The address to listen on."""
     port: int = Field(default=11434, ge=0, le=65535)
     """The port to listen on; 0 takes a free one."""
+    api_key: str | None = Field(default=None, min_length=1, max_length=4096, pattern="^[!-~]+$", repr=False)
+    """What requests must carry, as Authorization: Bearer KEY; if not given, IRKIT_API_KEY of the environment."""
+    origins: Strings = ()
+    """Further origins whose web pages may use the server, such as https://chat.example; * is every one."""
+    parallel: int = Field(default=8, ge=1, le=64)
+    """Answers that are made at once; each has a KV cache of its own."""
+    max_queue: int = Field(default=256, ge=0, le=1 << 16)
+    """Requests that may wait beyond those; further ones are refused with status 503."""
+    memory: int | None = Field(default=None, ge=0, le=1 << 50)
+    """The most bytes that the models in memory may take together; if not given, three quarters of this machine's."""
     budget: int = Field(default=1 << 28, ge=0, le=1 << 50)
     """The most bytes that what one request traces or captures may take; a request may ask for less."""
 
@@ -309,7 +319,8 @@ def parse(model: type[_Model], given: Mapping[str, Any]) -> _Model:
     try:
         return model(**given)
     except ValidationError as error:
-        raise OptionError(explain(error, model.model_fields)) from None
+        where = error.errors(include_url=False)[0]["loc"]
+        raise OptionError(explain(error, model.model_fields), str(where[0])[:80] if where else None) from None
 
 
 def check(annotation: Any, name: str, value: Any) -> Any:
@@ -322,7 +333,7 @@ def check(annotation: Any, name: str, value: Any) -> Any:
         return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
         detail = error.errors(include_url=False)[-1]
-        raise OptionError(_sentence(name, detail)) from None
+        raise OptionError(_sentence(name, detail), name) from None
 
 
 def check_logit_bias(options: SamplingOptions, d_vocab: int) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from irkit.errors import IrkitError
-from irkit.observing import ASKED_BY
 from irkit.results import Generation
+from irkit.server.places import PLACE
 
 
 async def answer_once(request: Request, generation: Generation, reply: Awaitable[Any]) -> Response:
@@ -69,21 +68,10 @@ async def _cancelled_with_client(request: Request, generation: Generation) -> As
         generation.cancel()
 
     waiting = asyncio.create_task(wait())
+    if place := PLACE.get():
+        place.answers.append(generation)
     try:
         yield
     finally:
         waiting.cancel()
         generation.cancel()
-
-
-class AskedBy:
-    """ASGI middleware that says, to whoever observes a session, which request it answers."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
-        if scope["type"] == "http":
-            ASKED_BY.set(f"{scope['method']} {scope['path']}")  # each request has a context of its own
-        await self._app(scope, receive, send)
