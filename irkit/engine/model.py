@@ -248,8 +248,13 @@ class Model:
 
         return DEVICE.submit(job).result()
 
-    def score(self, ids: Sequence[int], top: int, n_ctx: int, edits: Sequence[Edit] = ()) -> Score:
-        """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
+    def score(
+        self, ids: Sequence[int], top: int, n_ctx: int, edits: Sequence[Edit] = (), pooled: bool = False
+    ) -> Score:
+        """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place.
+
+        Where it is `pooled`, an answer to the same text need not read it again.
+        """
         _check_fits(len(ids), n_ctx)
         taps = self._tapping(len(ids), None, edits)
         runtime = self.load()
@@ -257,7 +262,12 @@ class Model:
         def job() -> Score:
             from irkit.engine.generate import score
 
-            return score(runtime.result(), self.tokenizer, Cache(n_ctx), list(ids), top, taps)
+            cache = Cache(n_ctx)
+            cache.provenance = taps.provenance
+            found = score(runtime.result(), self.tokenizer, cache, list(ids), top, taps)
+            if pooled:
+                self._pool.put(cache)
+            return found
 
         return DEVICE.submit(job).result()
 

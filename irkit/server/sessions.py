@@ -1,7 +1,7 @@
 """The sessions a server holds: one for each model and set of load options, opened when first asked for."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +34,11 @@ class Sessions:
         name = here.name if here else clean_name(session.model.path.stem)
         self._lent[name] = session.pooled()
         return name
+
+    @property
+    def lent(self) -> Sequence[str]:
+        """The names of the models that programs have opened, and lent."""
+        return tuple(self._lent)
 
     async def get(self, model: str, options: LoadOptions) -> Session:
         """The session of a model that is `known`.
