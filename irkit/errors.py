@@ -45,5 +45,9 @@ class BudgetError(IrkitError):
     """A request would take more memory than its budget: the message names both and what would fit."""
 
 
+class BusyError(IrkitError):
+    """A server has as much to do as it may take on: asking again a little later may help."""
+
+
 class BackendError(IrkitError):
     """The compute backend that was asked for cannot be used here."""

@@ -62,7 +62,7 @@ def _no_empty_stop(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 StopStrings = Annotated[
-    tuple[str, ...],
+    tuple[Annotated[str, Field(max_length=1000)], ...],
     BeforeValidator(_as_stop_strings),
     AfterValidator(_no_empty_stop),
     Field(max_length=64),
@@ -259,12 +259,22 @@ class LensOptions(Options):
 
 
 class ServeOptions(Options):
-    """Where the server listens."""
+    """Where the server listens, to whom, and how much it takes on."""
 
     host: str = "127.0.0.1"
     """The address to listen on."""
     port: int = Field(default=11434, ge=0, le=65535)
     """The port to listen on; 0 takes a free one."""
+    api_key: str | None = Field(default=None, min_length=1, max_length=4096, pattern="^[!-~]+$", repr=False)
+    """What requests must carry, as Authorization: Bearer KEY; if not given, IRKIT_API_KEY of the environment."""
+    origins: Strings = ()
+    """Further origins whose web pages may use the server, such as https://chat.example; * is every one."""
+    parallel: int = Field(default=8, ge=1, le=64)
+    """Answers that are made at once; each has a KV cache of its own."""
+    max_queue: int = Field(default=256, ge=0, le=1 << 16)
+    """Requests that may wait beyond those; further ones are refused with status 503."""
+    memory: int | None = Field(default=None, ge=0, le=1 << 50)
+    """The most bytes that the models in memory may take together; if not given, three quarters of this machine's."""
     budget: int = Field(default=1 << 28, ge=0, le=1 << 50)
     """The most bytes that what one request traces or captures may take; a request may ask for less."""
 

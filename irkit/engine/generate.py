@@ -16,6 +16,7 @@ from irkit.engine.cache import AHEAD
 from irkit.engine.runtime import chunk
 from irkit.engine.stopping import StopStrings
 from irkit.engine.worker import DEVICE, Steps
+from irkit.errors import IrkitError
 from irkit.results import Alternative, FinishReason, Generation, Score, Stats, Token
 
 if TYPE_CHECKING:
@@ -188,10 +189,22 @@ def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple
         done += len(part)
 
 
-def score(runtime: Runtime, tokenizer: Tokenizer, cache: Cache, ids: list[int], top: int, tapping: Tapping) -> Score:
-    """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
+def score(
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    cache: Cache,
+    ids: list[int],
+    top: int,
+    tapping: Tapping,
+    stopped: Callable[[], bool],
+) -> Generator[None, None, Score]:
+    """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place.
+
+    Others have their turn between two chunks, behind which it ends if `stopped()`, as in `embed`.
+    """
     tokens = [Token(ids[0], tokenizer.token(ids[0]), None)]
     for arrays, part in chunks(runtime, cache, ids[:-1]):
+        yield from _turn(stopped)
         start = len(cache.ids)
         targets = ids[start + 1 : start + 1 + len(part)]
         cache.arrays, *found = runtime.score(arrays, part, start, targets, tapping)
@@ -202,15 +215,29 @@ def score(runtime: Runtime, tokenizer: Tokenizer, cache: Cache, ids: list[int], 
     return Score(tuple(tokens))
 
 
-def embed(runtime: Runtime, cache: Cache, ids: list[int], pooling: str, tapping: Tapping) -> np.ndarray:
+def embed(
+    runtime: Runtime, cache: Cache, ids: list[int], pooling: str, tapping: Tapping, stopped: Callable[[], bool]
+) -> Generator[None, None, np.ndarray]:
     """The mean over `ids`, or the last, of the final normed hidden states: float32 `[d_model]`."""
     total = np.zeros(runtime.config.d_model, np.float32)
     last = total
     for arrays, part in chunks(runtime, cache, ids):
+        yield from _turn(stopped)
         cache.arrays, subtotal, last = runtime.pool(arrays, part, len(cache.ids), tapping)
         total = total + np.asarray(subtotal[0])
         last = np.asarray(last[0])
     return last if pooling == "last" else total / len(ids)
+
+
+def _turn(stopped: Callable[[], bool]) -> Generator[None, None, None]:
+    """Let others go on.
+
+    Raises:
+        IrkitError: nobody waits any more.
+    """
+    yield None
+    if stopped():
+        raise IrkitError("it was cancelled")
 
 
 def alternatives(tokenizer: Tokenizer, ids: Any, logprobs: Any, top: int) -> tuple[Alternative, ...]:

@@ -21,6 +21,7 @@ from irkit.engine.cache import Cache, Pool
 from irkit.engine.worker import DEVICE, Steps
 from irkit.errors import ContextFullError, ModelFileError, OptionError
 from irkit.garbage import uncollected
+from irkit.observing import ASKED_BY
 from irkit.options import (
     Backend,
     CacheType,
@@ -90,6 +91,27 @@ class Model:
         self._runtime: Future[Runtime] | None = None
         self._starting = threading.Lock()
         self._pool = Pool()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its weights take; an estimate, until they are loaded."""
+        if (runtime := self.loaded) is not None:
+            return runtime.nbytes
+        tensors = self.file.tensors.values()
+        packed = self.precision == "fast"
+        return sum(tensor.nbytes if packed else 4 * math.prod(tensor.shape) for tensor in tensors)
+
+    @property
+    def loading(self) -> bool:
+        """Whether its weights are loaded, or being loaded."""
+        runtime = self._runtime
+        return runtime is not None and not (runtime.done() and runtime.exception())
+
+    @property
+    def loaded(self) -> Runtime | None:
+        """What computes with the weights; None before they are in their place."""
+        runtime = self._runtime
+        return runtime.result() if runtime and runtime.done() and not runtime.exception() else None
 
     @cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
@@ -257,19 +279,20 @@ class Model:
         """
         _check_fits(len(ids), n_ctx)
         taps = self._tapping(len(ids), None, edits)
-        runtime = self.load()
+        runtime, left = self.load(), ASKED_BY.get().left
 
-        def job() -> Score:
+        def steps() -> Steps:
             from irkit.engine.generate import score
 
             cache = Cache(n_ctx)
             cache.provenance = taps.provenance
-            found = score(runtime.result(), self.tokenizer, cache, list(ids), top, taps)
+            words = self.tokenizer, cache, list(ids), top, taps, left.is_set
+            found = yield from score(runtime.result(), *words)
             if pooled:
                 self._pool.put(cache)
             return found
 
-        return DEVICE.submit(job).result()
+        return DEVICE.answer(steps, left).result()
 
     def embed(
         self,
@@ -282,18 +305,19 @@ class Model:
         """One float32 vector a text, `[text, d_model]`."""
         for ids in texts:
             _check_fits(len(ids), n_ctx)
-        runtime = self.load()
+        runtime, left = self.load(), ASKED_BY.get().left
 
-        def job() -> np.ndarray:
+        def steps() -> Steps:
             from irkit.engine.generate import embed
 
             vectors = []
             for ids in texts:
                 taps = self._tapping(len(ids), None, edits)
-                vectors.append(embed(runtime.result(), Cache(n_ctx), list(ids), pooling, taps))
+                words = Cache(n_ctx), list(ids), pooling, taps, left.is_set
+                vectors.append((yield from embed(runtime.result(), *words)))
             return np.stack(vectors)
 
-        vectors = DEVICE.submit(job).result() if texts else np.zeros((0, self.config.d_model), np.float32)
+        vectors = DEVICE.answer(steps, left).result() if texts else np.zeros((0, self.config.d_model), np.float32)
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
         return vectors

@@ -134,6 +134,12 @@ class Runtime:
         return sharding.put(value.astype(shape.dtype, copy=False), shape.sharding or self.device)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, as they lie on the device, or on all of this process's."""
+        leaves = jax.tree.leaves(self.params)
+        return sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+
+    @property
     def at_once(self) -> int:
         """How many tokens `decode` draws; 0 where it is not to be used."""
         return (AT_ONCE if self._small else 1) if self.packed and self._drawer is self.device else 0

@@ -15,21 +15,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import irkit
+from irkit.engine.worker import DEVICE
 from irkit.errors import IrkitError
 from irkit.options import GenerateOptions, LoadOptions, Options, ServeOptions
 from irkit.results import Generation
 from irkit.server import ollama, openai
 from irkit.server.captures import Format, bounded, check_room, sent, without_traces
 from irkit.server.errors import fault
+from irkit.server.places import TakesPlace
 from irkit.server.requests import body_of, read
-from irkit.server.security import LOCAL_ORIGINS, LocalHostsOnly, is_loopback
+from irkit.server.security import KnownOriginsOnly, LocalHostsOnly, WithKeyOnly, allowed_origins, api_key, is_loopback
 from irkit.server.sessions import Sessions
-from irkit.server.streams import AskedBy, answer_lines, answer_once
+from irkit.server.streams import answer_lines, answer_once
 from irkit.trace import Trace
 from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, verbs
 
 WITHOUT_ROUTE = {"chat", "close", "generate", "embed"}
 """Verbs that need a terminal, close the server's sessions, or have their route in Ollama's shape."""
+
+
+_COMPUTE_NOTHING = {"tokenize", "detokenize", "info", "reset"}
 
 
 class CloseRequest(Options):
@@ -41,8 +46,9 @@ class CloseRequest(Options):
 
 def create_app(options: ServeOptions | None = None) -> FastAPI:
     """The ASGI application of `irkit serve`; on a loopback address it answers to local names only."""
-    sessions = Sessions()
     serving = options or ServeOptions()
+    sessions = Sessions(serving)
+    DEVICE.most = serving.parallel
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -54,8 +60,13 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
     for kind in (IrkitError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_middleware(CORSMiddleware, allow_origin_regex=LOCAL_ORIGINS, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(AskedBy)
+    # Those added last come first.
+    app.add_middleware(TakesPlace, places=sessions.places)
+    if key := api_key(serving):
+        app.add_middleware(WithKeyOnly, key=key)
+    origins = allowed_origins(serving.origins)
+    app.add_middleware(CORSMiddleware, allow_origin_regex=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(KnownOriginsOnly, origins=origins)
     if is_loopback(serving.host):
         app.add_middleware(LocalHostsOnly)
 
@@ -117,7 +128,7 @@ def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb, budget: int) -> None
         asked: Any = await read(request, body)
         given: Mapping[str, Any] = dict(asked)
         load = LoadOptions(**{name: given[name] for name in LoadOptions.model_fields})
-        session = await sessions.get(asked.model, load)
+        session = await sessions.get(asked.model, load, computes=verb.name not in _COMPUTE_NOTHING)
         # What was left out is the model's own to set, if it has been made with options.
         given = {n: v for n, v in given.items() if n not in GenerateOptions.model_fields or n in asked.model_fields_set}
         arguments = bounded({name: given[name] for name in names if name in given}, budget)

@@ -60,6 +60,11 @@ class Reply:
     name: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def done(self) -> bool:
+        """Whether all answers have ended."""
+        return all(generation.done for begun in self.begun for generation in begun.generations)
+
     def cancel(self) -> None:
         """Ends all answers."""
         for begun in self.begun:

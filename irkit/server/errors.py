@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from irkit.errors import (
     BackendError,
     BudgetError,
+    BusyError,
     ContextFullError,
     IrkitError,
     ModelNotFoundError,
@@ -26,8 +27,12 @@ STATUSES = {
     ModelNotFoundError: 404,
     PullError: 502,
     BudgetError: 413,
+    BusyError: 503,
 }
 """The HTTP status of each error; 500 where it is not the request's fault."""
+
+RETRY_AFTER = 2
+"""Seconds after which a client may try again where the server is busy."""
 
 _CODES = {ModelNotFoundError: "model_not_found", ContextFullError: "context_length_exceeded"}
 _CODE_OF_STATUS = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
@@ -54,7 +59,8 @@ class Fault:
 
     def reply(self, path: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
         """The response to a request for `path`."""
-        return JSONResponse(self.body(path), self.status, headers)
+        again = {"Retry-After": str(RETRY_AFTER)} if self.status == 503 else {}
+        return JSONResponse(self.body(path), self.status, {**again, **(headers or {})})
 
 
 def fault(error: BaseException) -> Fault:

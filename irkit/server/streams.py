@@ -4,31 +4,23 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from irkit.errors import IrkitError
-from irkit.observing import ASKED_BY
 from irkit.server.errors import fault
+from irkit.server.places import PLACE, Answer
 
 
-class Cancellable(Protocol):
-    """An answer, or several."""
-
-    def cancel(self) -> None:
-        """End what is being made."""
-
-
-async def answer_once(request: Request, answer: Cancellable, reply: Awaitable[Any]) -> Response:
+async def answer_once(request: Request, answer: Answer, reply: Awaitable[Any]) -> Response:
     """A response of one JSON object, `reply`, which waits for the end of `answer`."""
     async with cancelled_with_client(request, answer):
         return JSONResponse(await reply)
 
 
-async def answer_lines(request: Request, answer: Cancellable, objects: AsyncIterator[dict[str, Any]]) -> Response:
+async def answer_lines(request: Request, answer: Answer, objects: AsyncIterator[dict[str, Any]]) -> Response:
     """A response of `objects`, one line each, as they come.
 
     An error before the first of them is raised, and so has an HTTP status; a later one is the last line.
@@ -36,7 +28,7 @@ async def answer_lines(request: Request, answer: Cancellable, objects: AsyncIter
     return await _streamed(_written(request, answer, objects, _line), "application/x-ndjson")
 
 
-async def answer_events(request: Request, answer: Cancellable, objects: AsyncIterator[dict[str, Any]]) -> Response:
+async def answer_events(request: Request, answer: Answer, objects: AsyncIterator[dict[str, Any]]) -> Response:
     """A response of `objects` as server-sent events, as they come, and OpenAI's word for the end.
 
     An error before the first of them is raised, and so has an HTTP status; a later one is the last event.
@@ -58,7 +50,7 @@ async def _streamed(parts: AsyncIterator[bytes], media_type: str) -> Response:
 
 async def _written(
     request: Request,
-    answer: Cancellable,
+    answer: Answer,
     objects: AsyncIterator[dict[str, Any]],
     write: Callable[[Any], bytes],
     end: bytes = b"",
@@ -88,7 +80,7 @@ def _event(item: Any) -> bytes:
 
 
 @asynccontextmanager
-async def cancelled_with_client(request: Request, answer: Cancellable) -> AsyncIterator[None]:
+async def cancelled_with_client(request: Request, answer: Answer) -> AsyncIterator[None]:
     """Cancels `answer` when the client disconnects, and when nobody reads on."""
 
     async def wait() -> None:
@@ -97,21 +89,10 @@ async def cancelled_with_client(request: Request, answer: Cancellable) -> AsyncI
         answer.cancel()
 
     waiting = asyncio.create_task(wait())
+    if place := PLACE.get():
+        place.answers.append(answer)
     try:
         yield
     finally:
         waiting.cancel()
         answer.cancel()
-
-
-class AskedBy:
-    """ASGI middleware that says, to whoever observes a session, which request it answers."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
-        if scope["type"] == "http":
-            ASKED_BY.set(f"{scope['method']} {scope['path']}")  # each request has a context of its own
-        await self._app(scope, receive, send)
