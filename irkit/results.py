@@ -73,6 +73,8 @@ class Stats:
     """Computing the prompt, up to the first token."""
     decode_seconds: float = 0.0
     """Making the tokens after the first."""
+    form_seconds: float = 0.0
+    """Of all these, finding which tokens `format` allows: the processor's, not the device's."""
 
     @property
     def tokens_per_second(self) -> float:

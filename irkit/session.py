@@ -211,7 +211,7 @@ class Session:
         """
         parsed = parse(ScoreOptions, options)
         ids, edits = self._ids(text, "text"), tuple(self._edits)
-        return self.model.score(ids, parsed.top_logprobs, self._cache.n_ctx, edits)
+        return self.model.score(ids, parsed.top_logprobs, self._cache.n_ctx, edits, self._pooled)
 
     @accepts(TraceOptions)
     def trace(self, texts: Texts, edits: Edits = None, **options: Any) -> Trace:

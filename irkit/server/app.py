@@ -9,6 +9,7 @@ from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi_offline import FastAPIOffline
 from pydantic import Field, create_model
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -18,7 +19,7 @@ from irkit.engine.worker import DEVICE
 from irkit.errors import IrkitError
 from irkit.options import GenerateOptions, LoadOptions, Options, ServeOptions
 from irkit.results import Generation
-from irkit.server import ollama
+from irkit.server import ollama, openai
 from irkit.server.captures import Format, bounded, check_room, sent, without_traces
 from irkit.server.errors import fault
 from irkit.server.places import TakesPlace
@@ -54,7 +55,7 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
         yield
         await sessions.close()
 
-    app = FastAPI(title="irkit", version=irkit.__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPIOffline(title="irkit", version=irkit.__version__, lifespan=lifespan, redoc_url=None)
     app.state.sessions = sessions
     for kind in (IrkitError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
@@ -87,7 +88,8 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
         await sessions.close(asked.model)
         return {"model": asked.model, "result": None}
 
-    app.include_router(ollama.router(sessions, serving.budget))  # OpenAI's shapes will stand beside it
+    app.include_router(ollama.router(sessions, serving.budget))
+    app.include_router(openai.router(sessions, serving.budget))
     for verb in verbs().values():
         if verb.name not in WITHOUT_ROUTE:
             _add_verb(app, sessions, verb, serving.budget)

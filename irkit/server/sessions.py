@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,6 +50,11 @@ class Sessions:
         name = here.name if here else clean_name(session.model.path.stem)
         self._lent[name] = session.pooled()
         return name
+
+    @property
+    def lent(self) -> Sequence[str]:
+        """The names of the models that programs have opened, and lent."""
+        return tuple(self._lent)
 
     async def get(self, model: str, options: LoadOptions, *, computes: bool = True) -> Session:
         """The session of a model that is `known`, for the request of this context; where it `computes`, with room in

@@ -128,7 +128,9 @@ class Tokenizer:
         """
         return self.token_bytes(id).decode("utf-8", "replace")
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = False, at_start: bool = True
+    ) -> list[int]:
         """The ids of a text. Bytes that the vocabulary has no token for are left out.
 
         Args:
@@ -136,11 +138,13 @@ class Tokenizer:
             add_special: Begin with BOS and end with EOS if the model expects it and they are not there already.
             parse_special: Read the names of control tokens, such as <|im_end|>, as those tokens. Not for text
                 of unknown origin: see `ChatTemplate.encode`.
+            at_start: Whether `text` begins a text, rather than goes on with one. Only then do some vocabularies
+                put a space before it.
 
         Raises:
             OptionError: If `text` is no string, or one that cannot be written as UTF-8.
         """
-        ids = self._encode(text, self._special if parse_special else self._user_defined, b"")
+        ids = self._encode(text, self._special if parse_special else self._user_defined, b"", at_start)
         if add_special:
             vocabulary = self._vocabulary
             if vocabulary.add_bos and vocabulary.bos_id is not None and ids[:1] != [vocabulary.bos_id]:
@@ -201,7 +205,7 @@ class Tokenizer:
             raise OptionError(f"token id {index} is not in the vocabulary, which ends at {self.vocab_size - 1}")
         return index
 
-    def _encode(self, text: str, finder: "_Finder", protected: bytes) -> list[int]:
+    def _encode(self, text: str, finder: "_Finder", protected: bytes, at_start: bool = True) -> list[int]:
         if not isinstance(text, str):
             raise OptionError(f"a text must be a string, not {type(text).__name__}")
         try:
@@ -214,18 +218,18 @@ class Tokenizer:
         ids: list[int] = []
         position = 0
         for start, stop, id in finder.find(text, vocabulary.control if protected else frozenset(), protected):
-            ids += self._encode_plain(text[position:start])
+            ids += self._encode_plain(text[position:start], at_start)
             ids.append(id)
-            position = stop
+            position, at_start = stop, True
             if id in vocabulary.rstrip_control:
                 position += len(text) - stop - len(text[stop:].lstrip())
-        ids += self._encode_plain(text[position:])
+        ids += self._encode_plain(text[position:], at_start)
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         if not text:
             return []
-        if self._vocabulary.add_space_prefix:
+        if at_start and self._vocabulary.add_space_prefix:
             text = " " + text
         for space, escaped in self._escape.items():
             text = text.replace(space, escaped)
