@@ -32,6 +32,7 @@ from irkit.options import (
     ScoreOptions,
     ServeOptions,
     System,
+    Template,
     Text,
     Texts,
     Think,
@@ -133,6 +134,7 @@ class Session:
         capture: Captures = None,
         edits: Edits = None,
         think: Think = None,
+        template: Template = None,
         **options: Any,
     ) -> Generation:
         """Answer a conversation, laid out by the model's own chat template.
@@ -143,6 +145,7 @@ class Session:
             ContextFullError: the conversation does not fit the context.
             OptionError: an option is unknown or out of bounds, the template refuses the messages, or has no place for
                 tools or thinking.
+            ModelFileError: `template` is none.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -152,14 +155,14 @@ class Session:
         parsed = self._generate_options(options)
         model = self.model
         model.load()  # the template and the tokenizer go on beside it
-        template = self.template
-        if tools and not template.takes_tools:
+        layout = self.template if template is None else model.template_of(template)
+        if tools and not layout.takes_tools:
             raise OptionError(f"model '{self.name}' does not support tools")
-        if think and not template.forms.thinking:
+        if think and not layout.forms.thinking:
             raise OptionError(f"model '{self.name}' does not support thinking")
-        ids = template.encode(model.tokenizer, messages, tools=tools, think=think)
+        ids = layout.encode(model.tokenizer, messages, tools=tools, think=think)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
-        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *template.stop)})
+        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *layout.stop)})
         return self._answer(ids, parsed, capture, edits, messages)
 
     @python_only
@@ -181,10 +184,11 @@ class Session:
         capture: Captures = None,
         edits: Edits = None,
         think: Think = None,
+        template: Template = None,
         **options: Any,
     ) -> Generation:
         """`respond`, to be awaited or iterated with `async for`, as every `Generation` can be."""
-        return self.respond(messages, tools, capture, edits, think, **options)
+        return self.respond(messages, tools, capture, edits, think, template, **options)
 
     @accepts(TokenizeOptions)
     def tokenize(self, text: PlainText, **options: Any) -> list[int]:
