@@ -45,6 +45,8 @@ class Running:
     name: str
     session: Session
     expires: float
+    lent: bool = False
+    """Whether a program has lent it."""
 
 
 class Sessions:
@@ -154,7 +156,10 @@ class Sessions:
 
     def running(self) -> list[Running]:
         """The models in memory, and those that programs have lent."""
-        now, found = asyncio.get_running_loop().time(), [Running(name, s, math.inf) for name, s in self._lent.items()]
+        now, found = (
+            asyncio.get_running_loop().time(),
+            [Running(name, s, math.inf, True) for name, s in self._lent.items()],
+        )
         for key, task in self._opened.items():
             if task.done() and not _failed(task) and task.result().model.loading:
                 stay = self._stays.get(key, _Stay(self._keep_alive))
@@ -206,13 +211,16 @@ class Sessions:
                 await to_thread.run_sync(lent.close)
         elif model.lower().removesuffix(":latest") in self._lent:
             return  # it is not the server's to close
-        name = model and await to_thread.run_sync(known, model)
+        await self.forget(model and await to_thread.run_sync(known, model))
+
+    async def forget(self, name: str | None) -> None:
+        """Closes the sessions of a registered name, which means another model now, or none; or all of them."""
         for key in [key for key in self._opened if name in (None, key[0])]:
             await self._let_go(key)
 
 
 def known(model: str) -> str:
-    """The name that `model` is registered under, or stands under in the catalog.
+    """The name that `model` is registered under, or was pulled as, or stands under in the catalog.
 
     A path is neither: whoever can reach the server shall not open any file of its machine. Ollama's clients
     may add the tag "latest", which is left out unless the name was registered with it.
@@ -222,6 +230,8 @@ def known(model: str) -> str:
         OptionError: `model` cannot be a model's name.
     """
     short = model.lower().removesuffix(":latest")
+    if found := hub.pulled(model):
+        return found.name
     for name in (short, f"{short}:latest"):
         if hub.find(name):
             return name
