@@ -98,7 +98,6 @@ def router(sessions: Sessions) -> APIRouter:
 
         def work(job: Job) -> Sequence[str]:
             source, own = _source(asked)
-            job.say("reading model metadata")
             hub.create(name, source, **own)
             job.say("writing manifest")
             return [name]
