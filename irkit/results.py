@@ -73,6 +73,8 @@ class Stats:
     """Computing the prompt, up to the first token."""
     decode_seconds: float = 0.0
     """Making the tokens after the first."""
+    form_seconds: float = 0.0
+    """Of all these, finding which tokens `format` allows: the processor's, not the device's."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -99,8 +101,11 @@ class Generation:
     def __init__(
         self,
         cancel: Callable[[], None] = lambda: None,
+        prompt: Sequence[int] = (),
         change: Callable[[dict[str, Any]], None] = lambda options: None,
     ) -> None:
+        self.prompt = tuple(prompt)
+        """The token ids that it answers."""
         self._tokens: list[Token] = []
         self._tail = ""
         self._reason: FinishReason | None = None

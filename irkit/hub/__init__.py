@@ -5,10 +5,10 @@ A model is registered in place with `add`, or fetched with `pull`. `resolve` fin
 """
 
 from irkit.hub.catalog import CATALOG
-from irkit.hub.create import blob, blob_writer, copy, create
+from irkit.hub.create import as_jinja, blob, blob_writer, copy, create
 from irkit.hub.download import Progress
 from irkit.hub.modelfile import Modelfile, read_modelfile
-from irkit.hub.pull import ensure, pull
+from irkit.hub.pull import ensure, pull, pulled
 from irkit.hub.registry import Manifest, add, find, home, manifest, models, remove, resolve
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Modelfile",
     "Progress",
     "add",
+    "as_jinja",
     "blob",
     "blob_writer",
     "copy",
@@ -27,6 +28,7 @@ __all__ = [
     "manifest",
     "models",
     "pull",
+    "pulled",
     "read_modelfile",
     "remove",
     "resolve",

@@ -16,7 +16,7 @@ from irkit import reprs
 from irkit.analysis.steering import SteeringVector, steering_vector
 from irkit.edits import Edit, scale, steer
 from irkit.errors import IrkitError, OptionError
-from irkit.observing import ASKED_BY
+from irkit.observing import ASKED_BY, Asker
 from irkit.options import GenerateOptions, parse
 from irkit.widgets import base, controls
 from irkit.widgets.choosing import choose
@@ -227,7 +227,7 @@ class SteeringPanel(base.View):
 
     def _work(self, run: int, stop: threading.Event) -> None:
         """Make both answers, and tell of them as they are made."""
-        ASKED_BY.set("steering panel")
+        ASKED_BY.set(Asker("steering panel"))
         self.running = True
         try:
             pair = self._begin()

@@ -37,7 +37,7 @@ def answered(panel: SteeringPanel) -> tuple[Any, Any]:
     before = panel.answers.get("run", 0)
     panel.answer()
     for _ in range(600):
-        if panel.answers.get("run", 0) > before and not panel.running or panel.problem:
+        if (panel.answers.get("run", 0) > before and not panel.running) or panel.problem:
             break
         panel._stop.wait(0.1)
     assert panel.problem == ""
