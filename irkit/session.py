@@ -100,6 +100,11 @@ class Session:
         return self._model
 
     @property
+    def n_ctx(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return self._cache.n_ctx
+
+    @property
     def defaults(self) -> GenerateOptions:
         """How answers are made where a call does not say: `irkit create` sets it for a model."""
         return self._generate_options({})
@@ -136,19 +141,24 @@ class Session:
             ContextFullError: the conversation does not fit the context.
             OptionError: an option is unknown or out of bounds, or the template refuses the messages.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        system = self._manifest.system if self._manifest else None
-        if system and isinstance(messages, Sequence) and not any(map(_is_system, messages)):
-            messages = [{"role": "system", "content": system}, *messages]
+        conversation = self._conversation(messages)
         parsed = self._generate_options(options)
         model = self.model
         model.load()  # the template and the tokenizer go on beside it
         template = self.template
-        ids = template.encode(model.tokenizer, messages, tools=tools)
+        ids = template.encode(model.tokenizer, conversation, tools=tools)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
         parsed = parsed.model_copy(update={"stop": (*parsed.stop, *template.stop)})
-        return self._answer(ids, parsed, capture, edits, messages)
+        return self._answer(ids, parsed, capture, edits, conversation)
+
+    @python_only
+    def render(self, messages: Messages, tools: Tools = None) -> str:
+        """A conversation as the text that `respond` has the model go on with.
+
+        Raises:
+            OptionError: the template refuses the messages.
+        """
+        return self.template.render(self._conversation(messages), tools=tools)
 
     @python_only
     @accepts(GenerateOptions)
@@ -483,6 +493,15 @@ class Session:
             for observer in tuple(self._observers):
                 observer(event)
         return notebook.ends_with_cell(made)
+
+    def _conversation(self, messages: Any) -> Any:
+        """The messages, with the system message of the model's name (`irkit create`) where there is no other."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        system = self._manifest.system if self._manifest else None
+        if system and isinstance(messages, Sequence) and not any(map(_is_system, messages)):
+            messages = [{"role": "system", "content": system}, *messages]
+        return messages
 
     def _generate_options(self, given: Mapping[str, Any]) -> GenerateOptions:
         return parse(GenerateOptions, {**self._own, **given})
