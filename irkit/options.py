@@ -34,6 +34,10 @@ Tools = Annotated[
     Sequence[Mapping[str, Any]] | None,
     Field(description="Tools the model may call, as JSON schemas, if its chat template has a place for them."),
 ]
+Think = Annotated[
+    bool | None,
+    Field(description="Whether to think before the answer, if the model can; if not given, its template says."),
+]
 System = Annotated[str | None, Field(description="What the model is told before the conversation.")]
 Edits = Annotated[
     Annotated[Sequence[Any], Field(max_length=64)] | None,

@@ -34,6 +34,7 @@ from irkit.options import (
     System,
     Text,
     Texts,
+    Think,
     TokenIds,
     TokenizeOptions,
     Tools,
@@ -131,7 +132,13 @@ class Session:
 
     @accepts(GenerateOptions)
     def respond(
-        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        capture: Captures = None,
+        edits: Edits = None,
+        think: Think = None,
+        **options: Any,
     ) -> Generation:
         """Answer a conversation, laid out by the model's own chat template.
 
@@ -139,26 +146,27 @@ class Session:
 
         Raises:
             ContextFullError: the conversation does not fit the context.
-            OptionError: an option is unknown or out of bounds, or the template refuses the messages.
+            OptionError: an option is unknown or out of bounds, the template refuses the messages, or has no place for
+                tools or thinking.
         """
-        conversation = self._conversation(messages)
         parsed = self._generate_options(options)
         model = self.model
         model.load()  # the template and the tokenizer go on beside it
         template = self.template
-        ids = template.encode(model.tokenizer, conversation, tools=tools)
+        conversation = self._conversation(messages, tools, think)
+        ids = template.encode(model.tokenizer, conversation, tools=tools, think=think)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
         parsed = parsed.model_copy(update={"stop": (*parsed.stop, *template.stop)})
         return self._answer(ids, parsed, capture, edits, conversation)
 
     @python_only
-    def render(self, messages: Messages, tools: Tools = None) -> str:
+    def render(self, messages: Messages, tools: Tools = None, think: Think = None) -> str:
         """A conversation as the text that `respond` has the model go on with.
 
         Raises:
-            OptionError: the template refuses the messages.
+            OptionError: the template refuses the messages, or has no place for tools or thinking.
         """
-        return self.template.render(self._conversation(messages), tools=tools)
+        return self.template.render(self._conversation(messages, tools, think), tools=tools, think=think)
 
     @python_only
     @accepts(GenerateOptions)
@@ -173,10 +181,16 @@ class Session:
     @python_only
     @accepts(GenerateOptions)
     def arespond(
-        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        capture: Captures = None,
+        edits: Edits = None,
+        think: Think = None,
+        **options: Any,
     ) -> Generation:
         """`respond`, to be awaited or iterated with `async for`, as every `Generation` can be."""
-        return self.respond(messages, tools, capture, edits, **options)
+        return self.respond(messages, tools, capture, edits, think, **options)
 
     @accepts(TokenizeOptions)
     def tokenize(self, text: PlainText, **options: Any) -> list[int]:
@@ -494,8 +508,16 @@ class Session:
                 observer(event)
         return notebook.ends_with_cell(made)
 
-    def _conversation(self, messages: Any) -> Any:
-        """The messages, with the system message of the model's name (`irkit create`) where there is no other."""
+    def _conversation(self, messages: Any, tools: Any, think: bool | None) -> Any:
+        """The messages, with the system message of the model's name (`irkit create`) where there is no other.
+
+        Raises:
+            OptionError: the template has no place for tools or thinking.
+        """
+        if tools and not self.template.takes_tools:
+            raise OptionError(f"model '{self.name}' does not support tools", "tools")
+        if think and not self.template.forms.thinking:
+            raise OptionError(f"model '{self.name}' does not support thinking", "think")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         system = self._manifest.system if self._manifest else None

@@ -140,7 +140,7 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, options: GenerateOptions, room: int) -> None:
         """`room` is how many tokens the context has left."""
-        self._stream = tokenizer.stream(at_start=False)
+        self._stream = tokenizer.stream(at_start=False, markers=True)
         self._eog_ids = tokenizer.eog_ids
         self._stops = StopStrings(options.stop)
         self._limit = options.num_predict if options.num_predict >= 0 else math.inf

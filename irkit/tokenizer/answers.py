@@ -8,6 +8,7 @@ Models write these in the forms that their chat templates show them:
 - calls that are the whole answer: `{"name": ..., "parameters": {...}}`, also behind `<|python_tag|>` (Llama 3).
 """
 
+import itertools
 import json
 import re
 from collections.abc import Collection, Generator, Mapping
@@ -17,7 +18,9 @@ from typing import Any, TypeAlias
 _THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 # What opens calls, and what closes them, if anything does. A brace opens them at the beginning of an answer only.
 _CALLS = {"<tool_call>": "</tool_call>", "[TOOL_CALLS]": None, "<|python_tag|>": None, "{": None}
-_ARGUMENTS = ("[ARGS]", "[CALL_ID]")
+MARKERS = frozenset({"[ARGS]", "[CALL_ID]", *_CALLS, *_CALLS.values(), *itertools.chain(*_THINKING)} - {"{", None})
+"""The texts that set the parts of an answer off. Where one is a control token, its name is a part of the text."""
+
 _NAME = re.compile(r"\s*([\w.-]{1,128})(?:\[CALL_ID\][\w-]{1,64})?(?:\[ARGS\])?\s*(?=\{)")
 _LONGEST_NAME = 256
 _JSON_PARTS = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
@@ -55,12 +58,6 @@ class Forms:
 
     thinking: tuple[str, str] | None = None
     calls: tuple[str, ...] = ()
-
-    @property
-    def markers(self) -> frozenset[str]:
-        """The texts that set the parts off; where one is a control token, its name must become a part of the text."""
-        closing = [text for opening in self.calls if (text := _CALLS[opening])]
-        return frozenset({*(self.thinking or ()), *self.calls, *closing, *_ARGUMENTS} - {"{"})
 
 
 def forms_of(source: str) -> Forms:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from irkit.tokenizer.answers import AnswerReader, Content, Forms, Part, Thinking, ToolCall, forms_of
+from irkit.tokenizer.answers import MARKERS, AnswerReader, Content, Forms, Part, Thinking, ToolCall, forms_of
 
 HERMES = Forms(("<think>", "</think>"), ("<tool_call>",))
 MISTRAL = Forms(("[THINK]", "[/THINK]"), ("[TOOL_CALLS]",))
@@ -115,7 +115,7 @@ def test_the_parts_are_the_same_however_the_text_is_divided(
 
 PIECES = st.sampled_from([
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<think>", "</think>", "{", "}", "[",
-    "]", '"', "\\", ";", " ", "\n", "add", '{"name": "add", "arguments": {"a": 1, "b": 2}}', '{"name": "Ada"}', "<", "x",
+    "]", '"', "\\", ";", " ", "\n", '{"name": "add", "arguments": {"a": 1, "b": 2}}', '{"name": "Ada"}', "<", "x",
 ])  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_without_tools_everything_but_thinking_is_content(forms: Forms, text: st
 
 @given(st.sampled_from([HERMES, MISTRAL, LLAMA]), st.text())
 def test_text_without_calls_passes_unchanged(forms: Forms, text: str) -> None:
-    if not any(marker in text for marker in forms.markers):
+    if not any(marker in text for marker in MARKERS):
         assert read([*text], forms) == ([Content(text)] if text else [])
 
 
@@ -190,10 +190,3 @@ def test_calls_of_a_prompt_that_has_opened_the_thinking() -> None:
 )
 def test_forms_are_those_that_the_template_has(source: str, forms: Forms) -> None:
     assert forms_of(source) == forms
-
-
-def test_markers_are_what_may_be_control_tokens() -> None:
-    assert LLAMA.markers >= {"<|python_tag|>"}
-    assert "{" not in LLAMA.markers
-    assert HERMES.markers >= {"<think>", "</think>", "<tool_call>", "</tool_call>"}
-    assert MISTRAL.markers >= {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"}
