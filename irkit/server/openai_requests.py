@@ -30,6 +30,9 @@ COMPLETION_TOKENS = 16
 """What `max_tokens` is for completions where it is left out: OpenAI's default, as a text may go on for ever."""
 
 
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
 class _OpenAIRequest(LoadOptions):
     model: str
     """The name of a model."""
@@ -243,7 +246,7 @@ def _call_schema(called: Mapping[str, Any], at: str) -> dict[str, Any]:
             made["$ref"] = f"{at}/properties/arguments{reference[1:]}"
         return made
 
-    arguments = moved(called.get("parameters") or {"type": "object", "properties": {}})
+    arguments = moved(called.get("parameters") or _NO_PARAMETERS)
     properties = {"name": {"const": called["name"]}, "arguments": arguments}
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
