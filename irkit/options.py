@@ -34,6 +34,10 @@ Tools = Annotated[
     Sequence[Mapping[str, Any]] | None,
     Field(description="Tools the model may call, as JSON schemas, if its chat template has a place for them."),
 ]
+Think = Annotated[
+    bool | None,
+    Field(description="Whether to think before the answer, if the model can; if not given, its template says."),
+]
 System = Annotated[str | None, Field(description="What the model is told before the conversation.")]
 Edits = Annotated[
     Annotated[Sequence[Any], Field(max_length=64)] | None,
@@ -78,6 +82,17 @@ def _as_several(value: object) -> object:
         return tuple(value.split(","))
     return (value,) if isinstance(value, int) else value
 
+
+def _as_format(value: object) -> object:
+    if value is None or value == "json":
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError('must be "json" or a JSON schema, as an object')
+    return dict(value)
+
+
+Format = Annotated[Literal["json"] | dict[str, Any] | None, BeforeValidator(_as_format)]
+"""What an answer must be: any JSON object, or what a JSON schema describes."""
 
 Strings = Annotated[
     tuple[Annotated[str, Field(max_length=200)], ...], BeforeValidator(_as_several), Field(max_length=1 << 12)
@@ -138,6 +153,8 @@ class GenerateOptions(SamplingOptions):
     """Makes the draws repeatable; -1 takes a new seed each time."""
     top_logprobs: int = Field(default=0, ge=0, le=20)
     """How many of the likeliest tokens to report beside each token."""
+    format: Format = None
+    """What the answer must be: "json" is any JSON object, and a JSON schema whatever it describes."""
 
 
 class LoadOptions(Options):

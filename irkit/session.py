@@ -34,6 +34,7 @@ from irkit.options import (
     System,
     Text,
     Texts,
+    Think,
     TokenIds,
     TokenizeOptions,
     Tools,
@@ -100,6 +101,11 @@ class Session:
         return self._model
 
     @property
+    def n_ctx(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return self._cache.n_ctx
+
+    @property
     def defaults(self) -> GenerateOptions:
         """How answers are made where a call does not say: `irkit create` sets it for a model."""
         return self._generate_options({})
@@ -126,7 +132,13 @@ class Session:
 
     @accepts(GenerateOptions)
     def respond(
-        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        capture: Captures = None,
+        edits: Edits = None,
+        think: Think = None,
+        **options: Any,
     ) -> Generation:
         """Answer a conversation, laid out by the model's own chat template.
 
@@ -134,21 +146,27 @@ class Session:
 
         Raises:
             ContextFullError: the conversation does not fit the context.
-            OptionError: an option is unknown or out of bounds, or the template refuses the messages.
+            OptionError: an option is unknown or out of bounds, the template refuses the messages, or has no place for
+                tools or thinking.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        system = self._manifest.system if self._manifest else None
-        if system and isinstance(messages, Sequence) and not any(map(_is_system, messages)):
-            messages = [{"role": "system", "content": system}, *messages]
         parsed = self._generate_options(options)
         model = self.model
         model.load()  # the template and the tokenizer go on beside it
         template = self.template
-        ids = template.encode(model.tokenizer, messages, tools=tools)
+        conversation = self._conversation(messages, tools, think)
+        ids = template.encode(model.tokenizer, conversation, tools=tools, think=think)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
         parsed = parsed.model_copy(update={"stop": (*parsed.stop, *template.stop)})
-        return self._answer(ids, parsed, capture, edits, messages)
+        return self._answer(ids, parsed, capture, edits, conversation)
+
+    @python_only
+    def render(self, messages: Messages, tools: Tools = None, think: Think = None) -> str:
+        """A conversation as the text that `respond` has the model go on with.
+
+        Raises:
+            OptionError: the template refuses the messages, or has no place for tools or thinking.
+        """
+        return self.template.render(self._conversation(messages, tools, think), tools=tools, think=think)
 
     @python_only
     @accepts(GenerateOptions)
@@ -163,10 +181,16 @@ class Session:
     @python_only
     @accepts(GenerateOptions)
     def arespond(
-        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        capture: Captures = None,
+        edits: Edits = None,
+        think: Think = None,
+        **options: Any,
     ) -> Generation:
         """`respond`, to be awaited or iterated with `async for`, as every `Generation` can be."""
-        return self.respond(messages, tools, capture, edits, **options)
+        return self.respond(messages, tools, capture, edits, think, **options)
 
     @accepts(TokenizeOptions)
     def tokenize(self, text: PlainText, **options: Any) -> list[int]:
@@ -193,7 +217,7 @@ class Session:
         """
         parsed = parse(ScoreOptions, options)
         ids, edits = self._ids(text, "text"), tuple(self._edits)
-        return self.model.score(ids, parsed.top_logprobs, self._cache.n_ctx, edits)
+        return self.model.score(ids, parsed.top_logprobs, self._cache.n_ctx, edits, self._pooled)
 
     @accepts(TraceOptions)
     def trace(self, texts: Texts, edits: Edits = None, **options: Any) -> Trace:
@@ -483,6 +507,23 @@ class Session:
             for observer in tuple(self._observers):
                 observer(event)
         return notebook.ends_with_cell(made)
+
+    def _conversation(self, messages: Any, tools: Any, think: bool | None) -> Any:
+        """The messages, with the system message of the model's name (`irkit create`) where there is no other.
+
+        Raises:
+            OptionError: the template has no place for tools or thinking.
+        """
+        if tools and not self.template.takes_tools:
+            raise OptionError(f"model '{self.name}' does not support tools", "tools")
+        if think and not self.template.forms.thinking:
+            raise OptionError(f"model '{self.name}' does not support thinking", "think")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        system = self._manifest.system if self._manifest else None
+        if system and isinstance(messages, Sequence) and not any(map(_is_system, messages)):
+            messages = [{"role": "system", "content": system}, *messages]
+        return messages
 
     def _generate_options(self, given: Mapping[str, Any]) -> GenerateOptions:
         return parse(GenerateOptions, {**self._own, **given})

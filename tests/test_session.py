@@ -264,6 +264,13 @@ def test_a_wrong_option_is_named(session: irkit.Session, arguments: Any, options
         session.generate(*arguments, **options)
 
 
+@pytest.mark.parametrize(("asked", "what"), [({"tools": [{"name": "f"}]}, "tools"), ({"think": True}, "thinking")])
+def test_what_the_template_has_no_place_for_is_said(session: irkit.Session, asked: Any, what: str) -> None:
+    with pytest.raises(OptionError, match=f"does not support {what}"):
+        session.respond("Hi", **asked)
+    session.respond("Hi", tools=[], think=False, num_predict=1).wait()
+
+
 def test_changing_settings_compiles_nothing(session: irkit.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     session.generate(PROMPT, **GREEDY).wait()
     session.generate(PROMPT, top_logprobs=1, **GREEDY).wait()

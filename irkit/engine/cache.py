@@ -144,7 +144,8 @@ class Pool:
     def take(self, ids: Sequence[int], provenance: str | None, n_ctx: int) -> Cache:
         """A cache for an answer to `ids`: of the idle ones that begin most like it, or an empty one.
 
-        One that goes on beyond what they have in common stays, and is forked.
+        One that goes on beyond what they have in common stays, and is forked; so is one that holds all of `ids`, which
+        may be asked again.
         """
         best, most = None, 0
         for cache in self._idle:
@@ -153,7 +154,7 @@ class Pool:
                 best, most = cache, same
         if best is None:
             return Cache(n_ctx)
-        if most < len(best.ids):
+        if most < len(best.ids) or most == len(ids):
             best = best.fork()
         else:
             self._idle.remove(best)
@@ -161,11 +162,17 @@ class Pool:
         return best
 
     def put(self, cache: Cache) -> None:
-        """Keep what an answer leaves; the oldest goes."""
+        """Keep what an answer leaves, in the place of what it begins with; the oldest goes."""
         if cache.ids:
+            self._idle = [other for other in self._idle if not _begins(cache, other)]
             self._idle.append(cache)
             del self._idle[:-KEPT]
 
     def clear(self) -> None:
         """Let go of all of them."""
         self._idle.clear()
+
+
+def _begins(cache: Cache, other: Cache) -> bool:
+    """Whether `cache` begins with all that `other` holds."""
+    return cache.provenance == other.provenance and cache.in_common(other.ids) == len(other.ids)

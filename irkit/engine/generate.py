@@ -22,6 +22,7 @@ from irkit.results import Alternative, FinishReason, Generation, Score, Stats, T
 if TYPE_CHECKING:
     from irkit.engine.cache import Cache
     from irkit.engine.runtime import Runtime
+    from irkit.engine.structured import Form
     from irkit.engine.tapping import Tapping
     from irkit.options import GenerateOptions
     from irkit.tokenizer import Tokenizer
@@ -46,14 +47,15 @@ def generate(
     asked: float,
     tapping: Tapping,
     show: Shower,
+    form: Form | None,
     goes_on: bool = False,
 ) -> Steps:
     """Make the answer to `ids`, token by token, into `generation`: the steps of it.
 
     `asked` is when it was asked for, on `time.perf_counter`'s clock; whether it is `stopped` is looked at between
     steps, and between the chunks of a long prompt. `tapping` edits every pass, and captures from those that make a
-    token; `show` turns what was captured into what the token carries. With `goes_on`, what `cache`
-    holds begins `ids`, and is kept whatever edits went into it.
+    token; `show` turns what was captured into what the token carries. `form` says which tokens may come. With
+    `goes_on`, what `cache` holds begins `ids`, and is kept whatever edits went into it.
     """
     ready = first = last = time.perf_counter()
     settings = runtime.settings(options, seed)
@@ -72,9 +74,10 @@ def generate(
         if not several:
             if writer.count:
                 yield None
-            sampled, captures = yield from read(runtime, cache, new, settings, top, stopped, tapping)
+            sampled, captures = yield from read(runtime, cache, new, settings, top, stopped, tapping, form)
         elif not stopped():
-            sampled, captures = yield Decode(runtime, cache, new[0], settings, top, tapping)
+            allowed = form.allowed() if form else None
+            sampled, captures = yield Decode(runtime, cache, new[0], settings, top, tapping, allowed)
         if sampled is None:
             writer.reason = "cancelled"
         elif options.num_predict == 0:
@@ -85,7 +88,7 @@ def generate(
             if several:
                 cache.ids.extend(new)
             token = int(drawn.token[0])
-            text = writer.write(token)
+            text = writer.write(token, last=form is not None and form.take(token))
             last = time.perf_counter()
             first = last if writer.count == 1 else first
             likeliest = alternatives(tokenizer, *drawn.top, options.top_logprobs)
@@ -99,6 +102,7 @@ def generate(
         load_seconds=ready - asked,
         prefill_seconds=first - ready,
         decode_seconds=last - first,
+        form_seconds=form.seconds if form else 0.0,
     )
     generation._finish(writer.reason or "cancelled", stats, tail=writer.flush())
 
@@ -111,6 +115,7 @@ def read(
     top: bool,
     stopped: Callable[[], bool],
     tapping: Tapping,
+    form: Form | None,
 ) -> Generator[None, None, tuple[Sampled | None, dict[str, Any]]]:
     """Read `ids` into `cache`; what was drawn and captured after them, or None where `stopped()` between two chunks,
     when others have their turn."""
@@ -122,8 +127,9 @@ def read(
         if stopped():
             return None, {}
         start = len(cache.ids)
-        taps = tapping if start + len(part) == end else only_edits
-        cache.arrays, sampled, captures = runtime.read(arrays, part, start, settings, top, taps)
+        last = start + len(part) == end
+        taps, allowed = tapping if last else only_edits, form.allowed() if form and last else None
+        cache.arrays, sampled, captures = runtime.read(arrays, part, start, settings, top, taps, allowed)
         # jax returns before the work is done: without waiting, a whole prompt would be under way at once.
         sampled.token.block_until_ready()
     return sampled, captures
@@ -134,7 +140,7 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, options: GenerateOptions, room: int) -> None:
         """`room` is how many tokens the context has left."""
-        self._stream = tokenizer.stream(at_start=False)
+        self._stream = tokenizer.stream(at_start=False, markers=True)
         self._eog_ids = tokenizer.eog_ids
         self._stops = StopStrings(options.stop)
         self._limit = options.num_predict if options.num_predict >= 0 else math.inf
@@ -142,11 +148,11 @@ class Writer:
         self.count = 0
         self.reason: FinishReason | None = None
 
-    def write(self, token: int) -> str:
-        """What `token` adds to the text; sets `reason` if it is the last."""
+    def write(self, token: int, last: bool = False) -> str:
+        """What `token` adds to the text; sets `reason` if it is the last, which may be known already."""
         self.count += 1
         text = self._stops.push(self._stream.push(token))
-        if token in self._eog_ids or self._stops.found:
+        if token in self._eog_ids or self._stops.found or last:
             self.reason = "stop"
         elif self.count >= self._limit:
             self.reason = "length"

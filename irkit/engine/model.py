@@ -35,8 +35,11 @@ from irkit.options import (
 from irkit.results import Generation, Info, Score
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
     from irkit.edits import Edit
     from irkit.engine.runtime import Runtime
+    from irkit.engine.structured import Form
     from irkit.engine.tapping import Tapping
     from irkit.trace import Estimate, Trace
 
@@ -90,6 +93,8 @@ class Model:
         self.config = families.read_config(self.file)
         self._runtime: Future[Runtime] | None = None
         self._starting = threading.Lock()
+        self._vocabulary: LLTokenizer | None = None
+        self._indexing = threading.Lock()
         self._pool = Pool()
 
     @property
@@ -181,7 +186,8 @@ class Model:
 
         Raises:
             ContextFullError: `ids` leave no room in the context.
-            OptionError: there are no ids, or `logit_bias` names a token that does not exist.
+            OptionError: there are no ids, `logit_bias` names a token that does not exist, or `format` is no schema
+                that can be followed.
         """
         if not ids:
             raise OptionError("the prompt is empty, and the model has no token to begin a text with")
@@ -194,6 +200,7 @@ class Model:
         cancelled, asked = threading.Event(), time.perf_counter()
         generation = Generation(cancelled.set)
         runtime = self.load()
+        form = self._form(options)
         seed = options.seed if options.seed >= 0 else secrets.randbits(63)
 
         def stopped() -> bool:
@@ -209,7 +216,7 @@ class Model:
                     mine.adopt(kept)
                     kept.clear()  # or the arrays would be shared, and copied
                 show = shower(self, taps, list(ids), mine, capture)
-                words = self.tokenizer, mine, list(ids), options, seed, generation, stopped, asked, taps, show
+                words = self.tokenizer, mine, list(ids), options, seed, generation, stopped, asked, taps, show, form
                 yield from generate(runtime.result(), *words, goes_on=kept is not None)
                 mine.leave_batch()
             except BaseException as error:
@@ -220,6 +227,18 @@ class Model:
 
         DEVICE.answer(steps, cancelled, *(() if pooled else (cache,)), *(() if kept is None else (kept,)))
         return generation
+
+    def _form(self, options: GenerateOptions) -> Form | None:
+        """What an answer is to look like, if that is asked for."""
+        if options.format is None:
+            return None
+        from irkit.engine import structured
+
+        grammar = structured.grammar(options.format)
+        with self._indexing:
+            if self._vocabulary is None:
+                self._vocabulary = structured.vocabulary(self.tokenizer)
+        return structured.Form(self._vocabulary, grammar)
 
     def _tapping(
         self,
@@ -270,8 +289,13 @@ class Model:
 
         return DEVICE.submit(job).result()
 
-    def score(self, ids: Sequence[int], top: int, n_ctx: int, edits: Sequence[Edit] = ()) -> Score:
-        """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
+    def score(
+        self, ids: Sequence[int], top: int, n_ctx: int, edits: Sequence[Edit] = (), pooled: bool = False
+    ) -> Score:
+        """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place.
+
+        Where it is `pooled`, an answer to the same text need not read it again.
+        """
         _check_fits(len(ids), n_ctx)
         taps = self._tapping(len(ids), None, edits)
         runtime, left = self.load(), ASKED_BY.get().left
@@ -279,8 +303,13 @@ class Model:
         def steps() -> Steps:
             from irkit.engine.generate import score
 
-            words = self.tokenizer, Cache(n_ctx), list(ids), top, taps, left.is_set
-            return (yield from score(runtime.result(), *words))
+            cache = Cache(n_ctx)
+            cache.provenance = taps.provenance
+            words = self.tokenizer, cache, list(ids), top, taps, left.is_set
+            found = yield from score(runtime.result(), *words)
+            if pooled:
+                self._pool.put(cache)
+            return found
 
         return DEVICE.answer(steps, left).result()
 

@@ -88,6 +88,7 @@ class Runtime:
         self.chunks = FEW_CHUNKS if self.packed else CHUNKS
         # An example for compiling: made once, since every step asks for its program.
         self._any_settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)
+        self._any_token: dict[int, jax.Array] = {}
         self._programs: dict[tuple[Any, ...], Future[Program]] = {}
         self._shapes_traced: dict[tuple[Any, ...], Any] = {}
         self._tapped: list[tuple[Any, ...]] = []
@@ -149,6 +150,15 @@ class Runtime:
         made = sampling.settings([options], [seed], self.config.d_vocab)
         return self.layout.agreed(made) if self.layout else jax.device_put(made, self._drawer)
 
+    def _allowed(self, allowed: np.ndarray | None, rows: int = 1) -> np.ndarray | jax.Array:
+        """Which tokens may be drawn, all where it is None: those bits are put on the device that draws but once."""
+        if allowed is not None:
+            return allowed
+        if rows not in self._any_token:
+            bits = sampling.everything(rows, self.config.d_vocab)
+            self._any_token[rows] = sharding.put(bits, self.layout.whole if self.layout else self._drawer)
+        return self._any_token[rows]
+
     def empty(self, capacity: int, rows: int = 1) -> KVCache:
         """A cache with room for `capacity` tokens in each row."""
         shape = {"config": self.config, "batch": rows, "capacity": capacity, "dtype": self.cache_dtype}
@@ -200,26 +210,29 @@ class Runtime:
         settings: Settings,
         top: bool,
         tapping: Tapping = _NOTHING,
+        allowed: np.ndarray | None = None,
     ) -> tuple[KVCache, Sampled, dict[str, Any]]:
         """Read `ids`, which stand at `start` and after, and draw the token that follows them.
 
-        `top` asks for the `steps.TOP` likeliest tokens too. What `tapping` captures comes last.
+        `top` asks for the `steps.TOP` likeliest tokens too. What `tapping` captures comes last. `allowed`, uint32
+        `[1, w]`, has a bit for each token that may be drawn.
         """
         tokens, where = self._padded(ids, cache.capacity - start), (_one(start), _one(len(ids)))
         operands = tapping.operands(cache.capacity, start, len(ids))
         program = self._reader(tokens.shape[1], cache.capacity, top, tapping.spec, operands)
+        choice = settings, self._allowed(allowed)
         if self._drawer is self.device:
-            return self._call(program, cache, tokens, *where, settings, operands)
+            return self._call(program, cache, tokens, *where, *choice, operands)
         cache, logits, captures = self._call(program, cache, tokens, *where, operands)
         seen = jax.device_put((logits, cache.tokens), self._drawer)
         draw = self._program(
             sampling.sample,
             (cache.capacity,),
-            lambda: (*seen, _one(0), settings),
+            lambda: (*seen, _one(0), *choice),
             device=self._drawer,
             top=steps.TOP if top else 0,
         )
-        return cache, draw(*seen, _one(start + len(ids)), settings), captures
+        return cache, draw(*seen, _one(start + len(ids)), *choice), captures
 
     def decode(
         self,
@@ -229,12 +242,20 @@ class Runtime:
         settings: Settings,
         top: bool,
         tapping: Tapping = _NOTHING,
+        allowed: np.ndarray | None = None,
     ) -> tuple[KVCache, Sampled, dict[str, Any]]:
         """Read `tokens` `[b, 1]`, which stand at `start` `[b]`, and draw the next `at_once` of each row: the first
-        axis of the results."""
+        axis of the results.
+
+        With `allowed`, uint32 `[b, w]`, which has a bit for each token that may be drawn, only the first is drawn:
+        nobody knows yet what may follow it.
+        """
+        rows, count = len(tokens), self.at_once if allowed is None else 1
         operands = tapping.operands(cache.capacity, int(start[0]), 1)
-        program = self._decoder(cache.capacity, top, tapping.spec, operands, rows=len(tokens))
-        return self._call(program, cache, tokens, start, settings, operands)
+        program = self._decoder(cache.capacity, top, tapping.spec, operands, rows)
+        choice = settings, self._allowed(allowed, rows)
+        cache, sampled, captures = self._call(program, cache, tokens, start, np.int32(count), *choice, operands)
+        return cache, jax.tree.map(lambda drawn: drawn[:count], jax.device_get(sampled)), captures
 
     def _decoder(
         self,
@@ -246,7 +267,8 @@ class Runtime:
     ) -> Program:
         static = {"spec": spec, "top": steps.TOP if top else 0, "steps": self.at_once}
         settings = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self._any_settings)
-        return self._text_program(steps.decode, 1, capacity, settings, operands, rows=rows, **static)
+        rest = np.int32(0), settings, sampling.everything(rows, self.config.d_vocab), operands
+        return self._text_program(steps.decode, 1, capacity, *rest, rows=rows, **static)
 
     def can_batch(self, capacity: int, top: bool) -> bool:
         """Whether the programs are there that decode for several answers; if not, they are compiled beside what goes
@@ -284,7 +306,8 @@ class Runtime:
     ) -> Program:
         if self._drawer is not self.device:
             return self._text_program(steps.read, size, capacity, _one(0), operands, spec=spec)
-        rest, likeliest = (_one(0), self._any_settings, operands), steps.TOP if top else 0
+        rest = _one(0), self._any_settings, sampling.everything(1, self.config.d_vocab), operands
+        likeliest = steps.TOP if top else 0
         return self._text_program(steps.read_and_sample, size, capacity, *rest, spec=spec, top=likeliest)
 
     def score(

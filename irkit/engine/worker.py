@@ -93,6 +93,11 @@ class Worker:
         return sum(task.answers for task in tuple(self._open)) - len(self._running)
 
     @property
+    def running(self) -> int:
+        """How many answers are being made."""
+        return len(self._running)
+
+    @property
     def crowded(self) -> bool:
         """Whether there is more to do than one answer."""
         return len(self._open) > 1

@@ -4,16 +4,28 @@ import asyncio
 from collections.abc import Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from irkit.errors import BusyError
 from irkit.observing import ASKED_BY, Asker
-from irkit.results import Generation
 
 MOST_BYTES = 1 << 28
 """The most bytes that the bodies of all requests may have together."""
+
+
+class Answer(Protocol):
+    """An answer in the making, or several: a `Generation` is one."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is computed for it."""
+        ...
+
+    def cancel(self) -> None:
+        """End it."""
 
 
 @dataclass(eq=False)
@@ -25,7 +37,7 @@ class Place:
     """Whether it may compute."""
     uses: set[Hashable] = field(default_factory=set)
     """The sessions that must stay open for it."""
-    answers: list[Generation] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     held: int = 0
     """Bytes of its body."""
 

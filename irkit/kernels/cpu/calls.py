@@ -22,7 +22,7 @@ from irkit.kernels.cpu import library
 from irkit.kernels.cpu.packing import FORMS
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Int, UInt32
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """A block's matrices, in the order in which the layer's kernel takes them."""
@@ -97,16 +97,20 @@ def top_k(x: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[Arra
 
 
 def sample(
-    logits: Float[Array, "b v"], history: Int[Array, "b c"], length: Int[Array, " b"], settings: Sequence[Array]
+    logits: Float[Array, "b v"],
+    history: Int[Array, "b c"],
+    length: Int[Array, " b"],
+    allowed: UInt32[Array, "b w"],
+    settings: Sequence[Array],
 ) -> tuple[Int[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
     """The token drawn after each row, its log-probability, and the logarithm of the sum of the row's exponentials.
 
     Draws as `irkit.transformer.sampling.draw` does, with the same random numbers, from probabilities that differ by
-    rounding only; `settings` are its `Settings`.
+    rounding only; `allowed` are its bits, `settings` its `Settings`.
     """
     rows = logits.shape[:1]
     results = [jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
-    token, logprob, normalizer = jax.ffi.ffi_call("irkit_sample", results)(logits, history, length, *settings)
+    token, logprob, normalizer = jax.ffi.ffi_call("irkit_sample", results)(logits, history, length, allowed, *settings)
     return token, logprob, normalizer
 
 

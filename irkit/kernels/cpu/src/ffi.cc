@@ -163,12 +163,13 @@ ffi::Error largest(Floats x, ffi::ResultBuffer<ffi::F32> values, ffi::ResultBuff
 }
 
 // Settings are those of irkit/transformer/sampling.py, in their order, a number for each row.
-ffi::Error draw(Floats logits, Ints history, Ints length, ffi::RemainingArgs settings, ffi::ResultBuffer<ffi::S32> token,
-                ffi::ResultBuffer<ffi::F32> logprob, ffi::ResultBuffer<ffi::F32> normalizer) {
+ffi::Error draw(Floats logits, Ints history, Ints length, ffi::Buffer<ffi::U32> allowed, ffi::RemainingArgs settings,
+                ffi::ResultBuffer<ffi::S32> token, ffi::ResultBuffer<ffi::F32> logprob,
+                ffi::ResultBuffer<ffi::F32> normalizer) {
   constexpr size_t kSettings = 14;
   const Dimensions shape = logits.dimensions(), past = history.dimensions();
   if (shape.size() != 2 || past.size() != 2 || settings.size() != kSettings) return wrong("sample: shapes do not fit");
-  const int64_t rows = shape[0], count = shape[1];
+  const int64_t rows = shape[0], count = shape[1], words = (count + 31) / 32;
   const void* data[kSettings];
   for (size_t i = 0; i < kSettings; ++i) {
     const auto setting = settings.get<ffi::AnyBuffer>(i);
@@ -179,7 +180,9 @@ ffi::Error draw(Floats logits, Ints history, Ints length, ffi::RemainingArgs set
       return wrong("sample: a setting has another shape or type");
     data[i] = setting->untyped_data();
   }
-  if (count < 1 || past[0] != rows || (int64_t)length.element_count() != rows) return wrong("sample: shapes do not fit");
+  if (count < 1 || past[0] != rows || (int64_t)length.element_count() != rows ||
+      (int64_t)allowed.element_count() != rows * words)
+    return wrong("sample: shapes do not fit");
   for (int64_t row = 0; row < rows; ++row) {
     const auto whole = [&](size_t i) { return static_cast<const int32_t*>(data[i])[row]; };
     const auto number = [&](size_t i) { return static_cast<const float*>(data[i])[row]; };
@@ -187,7 +190,8 @@ ffi::Error draw(Floats logits, Ints history, Ints length, ffi::RemainingArgs set
     const int64_t counted = length.typed_data()[row];
     if (counted < 0 || counted > past[1]) return wrong("sample: more tokens than there is history");
     const float* of_row = logits.typed_data() + row * count;
-    const int32_t drawn = sample({of_row, static_cast<const float*>(data[12]) + row * count, count,
+    const int32_t drawn = sample({of_row, static_cast<const float*>(data[12]) + row * count,
+                                  allowed.typed_data() + row * words, count,
                                   history.typed_data() + row * past[1], counted, whole(0), number(1), number(2),
                                   number(3), number(4), whole(5), number(6), number(7), number(8), number(9),
                                   number(10), number(11), {key[0], key[1]}});
@@ -277,6 +281,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_sample, irkit::draw,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
                                   .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
