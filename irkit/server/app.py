@@ -77,7 +77,7 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
     @app.get("/", response_class=PlainTextResponse)
     def root() -> str:
         """Say that the server runs."""
-        return "irkit is running"
+        return "Ollama is running"  # the very words that clients look for
 
     @app.get("/api/health")
     def health() -> dict[str, str]:
