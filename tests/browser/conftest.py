@@ -36,9 +36,10 @@ def browser() -> "Iterator[Browser]":
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if not found:
         refuse(f"no Chromium: none of {', '.join(NAMES)} is there (Debian's package is chromium)")
-    from driving import CHROMIUM_FLAGS
-    from playwright.sync_api import sync_playwright
+    from driving import CHROMIUM_FLAGS, SECONDS
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=SECONDS * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS)
         yield browser
@@ -84,6 +85,8 @@ def kernel(jupyter: "Jupyter", model_path: Path) -> "Iterator[Kernel]":
 @pytest.fixture
 def page(context: "BrowserContext", outside: "Outside") -> "Iterator[Page]":
     """A page, in which no script of a widget may fail and from which no request may leave this machine."""
+    from driving import SECONDS
+
     failures: list[str] = []
 
     def failed(error: "Error") -> None:
@@ -92,6 +95,7 @@ def page(context: "BrowserContext", outside: "Outside") -> "Iterator[Page]":
 
     outside.asked.clear()
     page = context.new_page()
+    page.set_default_timeout(SECONDS * 1000)
     page.on("pageerror", failed)
     yield page
     page.close()
