@@ -231,7 +231,7 @@ class ScaleWords(Options):
     """What `irkit.scale` takes, as JSON."""
 
     name: str = Field(max_length=200)
-    factor: float
+    factor: float | list[float] | list[list[float]]
     layers: Numbers | None = None
     heads: Numbers | None = None
     positions: Numbers | None = None

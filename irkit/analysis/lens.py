@@ -49,6 +49,8 @@ class LogitLens:
     kl: np.ndarray
     """Kullback-Leibler divergence from the last layer's distribution p to this layer's q, `[layer, pos]`, in nats: the
     sum of p ln(p/q), as Belrose et al. (2023, arXiv:2303.08112) measure a lens."""
+    entropy: np.ndarray
+    """How undecided each layer's distribution is, `[layer, pos]`, in nats."""
     chosen: np.ndarray
     """The id of the token that is likeliest after the last layer, `[pos]`."""
     ranks: np.ndarray
@@ -96,6 +98,7 @@ class LogitLens:
                 "id": self.ids.ravel(),
                 "logprob": self.logprobs.ravel(),
                 "kl": self.kl[layer, pos],
+                "entropy": self.entropy[layer, pos],
             }
         )
 
@@ -217,6 +220,7 @@ def logit_lens(
         ids=found["ids"],
         logprobs=found["logprobs"],
         kl=found["kl"],
+        entropy=found["entropy"],
         chosen=chosen_ids,
         ranks=found["ranks"],
         read=ranked,
@@ -248,7 +252,7 @@ def _read(session: irkit.Session, streams: np.ndarray, tokens: np.ndarray, k: in
             parts.append([each[: at_once - missing] for each in read])
         return [np.concatenate(each).swapaxes(0, 1) for each in zip(*parts, strict=True)]
 
-    names = ("ids", "logprobs", "kl", "ranks", "of_token")
+    names = ("ids", "logprobs", "kl", "ranks", "of_token", "entropy")
     return dict(zip(names, session.model.submit(job).result(), strict=True))
 
 

@@ -373,9 +373,8 @@ function render({ model, el }) {
     if (index !== undefined) chooseHead(index);
     grid.focus({ preventScroll: true });
   });
-  const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   grid.addEventListener("keydown", (event) => {
-    const step = STEPS[event.key];
+    const step = ARROWS[event.key];
     if (!step) return;
     event.preventDefault();
     const [column, row] = spot(places.indexOf(layerAt() * nHeads + headAt()));
@@ -388,7 +387,7 @@ function render({ model, el }) {
       event.preventDefault();
       return lock(chosenToken());
     }
-    const step = STEPS[event.key];
+    const step = ARROWS[event.key];
     if (!step) return;
     event.preventDefault();
     const among = reading() ? queries : tokens.map((_, at) => at);
