@@ -94,7 +94,7 @@ def sampling(model: type[Options] = GenerateOptions, values: Mapping[str, Any] |
         return all(math.isclose(now[each], value, abs_tol=1e-9) for each, value in meant[name].items())
 
     def moved(_: Any) -> None:
-        if preset.value == _OWN or not holds(preset.value):
+        if preset.value not in meant or not holds(preset.value):
             preset.value = next(filter(holds, meant), _OWN)
 
     preset.observe(choose, "value")

@@ -12,7 +12,7 @@ import pytest
 
 import irkit
 from irkit.errors import OptionError
-from irkit.widgets import answer
+from irkit.widgets import answer, base
 from irkit.widgets.chat import Chat
 
 PATIENCE = 120
@@ -37,6 +37,15 @@ def chat(session: irkit.Session) -> Iterator[Chat]:
     made = Chat(session, options=session._generate_options({"temperature": 0, "num_predict": 24}))
     yield made
     made.close()
+
+
+def begin_endless(chat: Chat) -> None:
+    """Ask for an answer that goes on until it is stopped, and wait until it is under way."""
+    ends = dict.fromkeys(chat._session.model.tokenizer.eog_ids, -1000.0)
+    chat._options = chat._options.model_copy(update={"logit_bias": ends})
+    chat.controls.set(num_predict=-1, temperature=0.9, seed=7)
+    chat.ask("Tell me a very long story about a whale, in a thousand words.")
+    until(lambda: len(chat._turn(chat.busy).tokens) > 8)
 
 
 @pytest.fixture
@@ -84,9 +93,7 @@ def test_the_system_prompt_and_what_was_said_before_are_read(chat: Chat) -> None
 
 
 def test_stop_ends_the_computation_and_keeps_what_was_made(chat: Chat, page: Page) -> None:
-    chat.controls.set(num_predict=-1, temperature=0.9, seed=7)
-    page.tell(kind="send", text="Tell me a very long story about a whale, in a thousand words.")
-    until(lambda: any(delta["used"] > delta["seq"] and "tokens" in delta["facts"] for delta in page.of("delta")[2:]))
+    begin_endless(chat)
     generation = chat._turn(chat.busy).generation
     assert generation is not None
     page.tell(kind="stop")
@@ -115,10 +122,9 @@ def test_stop_is_heard_before_the_answer_is_begun(chat: Chat, monkeypatch: pytes
 
 
 def test_one_answer_at_a_time_and_what_cannot_be_done_is_said_in_words(chat: Chat, page: Page) -> None:
-    chat.controls.set(num_predict=-1, temperature=0.9)
-    chat.ask("Tell me a very long story.")
+    begin_endless(chat)
     page.tell(kind="send", text="And another")
-    page.tell(kind="clear")
+    page.tell(kind="new")
     chat.stop()
     assert chat.wait(PATIENCE)
     page.tell(kind="send", text="  ")
@@ -130,7 +136,14 @@ def test_one_answer_at_a_time_and_what_cannot_be_done_is_said_in_words(chat: Cha
     page.tell(kind="continue", turn=1)
     until(lambda: len(page.of("problem")) == 8)
     said = " / ".join(problem["text"] for problem in page.of("problem"))
-    for words in ("stop it first", "nothing in the message", "no message 99999", "no token 10000", "one's own", "'pdf'"):
+    for words in (
+        "stop it first",
+        "nothing in the message",
+        "no message 99999",
+        "no token 10000",
+        "one's own",
+        "'pdf'",
+    ):
         assert words in said
     assert len(chat.turns) == 2
     with pytest.raises(OptionError, match="to choose"):
@@ -158,7 +171,7 @@ def test_again_and_anew_are_versions(chat: Chat, page: Page) -> None:
     asked(chat, "Another one.")
     page.tell(kind="edit", turn=chat.turns[0]["id"], text="Name a lake.")
     assert chat.wait(PATIENCE)
-    assert [turn["text"] for turn in chat.turns][0] == "Name a lake."
+    assert chat.turns[0]["text"] == "Name a lake."
     assert len(chat.turns) == 2
     page.tell(kind="version", turn=chat.turns[0]["versions"][0])
     assert len(chat.turns) == 4
@@ -208,7 +221,7 @@ def test_tokens_are_told_with_what_could_have_stood_there(chat: Chat, page: Page
     )
     top_ids = np.frombuffer(buffers[2], np.int32).reshape(len(ids), answer.ALTERNATIVES)
     np.testing.assert_array_equal(top_ids[:, 0], [token.top[0].id for token in tokens])
-    np.testing.assert_allclose(logprobs, [token.logprob for token in tokens], rtol=1e-6)
+    np.testing.assert_allclose(logprobs, np.array([token.logprob for token in tokens], float), rtol=1e-6)
     assert message["words"][str(top_ids[2, 1])] == tokens[2].top[1].text
     # The entropy is that of the whole distribution, which a pass over the same text gives.
     whole = chat._turn(turn["id"])
@@ -241,13 +254,11 @@ def test_a_token_is_opened(chat: Chat, page: Page) -> None:
 
 
 def test_a_slider_changes_the_next_token(chat: Chat, page: Page) -> None:
-    chat.controls.set(num_predict=-1, temperature=0.9, seed=3)
-    chat.ask("Tell me a very long story about the sea.")
-    until(lambda: chat.busy and chat._turn(chat.busy).generation and len(chat._turn(chat.busy).tokens) > 5)
+    begin_endless(chat)
     turn = chat._turn(chat.busy)
     chat.controls.set(temperature=0.0)
     changed = len(turn.tokens) + 5  # at most four are under way
-    until(lambda: len(turn.tokens) > changed + 25 or turn.generation.done)  # pyright: ignore
+    until(lambda: len(turn.tokens) > changed + 25)
     chat.stop()
     assert chat.wait(PATIENCE)
     assert all(token.id == token.top[0].id for token in turn.tokens[changed:])
@@ -255,8 +266,7 @@ def test_a_slider_changes_the_next_token(chat: Chat, page: Page) -> None:
 
 
 def test_the_page_is_told_what_it_missed(chat: Chat, page: Page) -> None:
-    chat.controls.set(num_predict=-1, temperature=0.9)
-    chat.ask("Tell me a very long story.")
+    begin_endless(chat)
     until(lambda: len(page.of("delta")) > 3)
     page.tell(kind="state")
     whole = page.of("whole")[-1]
@@ -321,10 +331,34 @@ def test_two_chats_of_one_session_do_not_mix(session: irkit.Session) -> None:
         first._later(lambda message: None, {})
 
 
-def test_a_new_conversation(chat: Chat) -> None:
+def test_a_new_conversation_and_back(chat: Chat, page: Page) -> None:
     asked(chat, "Hello")
-    chat.clear()
-    assert (chat.messages, chat.turns, chat.used) == ([], [], 0)
+    page.tell(kind="new")
+    page.tell(kind="new")  # there is nothing in it yet
+    assert (chat.messages, chat.turns, chat.used, chat.titles) == ([], [], 0, ["Hello", ""])
+    asked(chat, "Good bye")
+    page.tell(kind="switch", conversation=0)
+    assert (chat.messages[0]["content"], chat.current, chat.titles) == ("Hello", 0, ["Hello", "Good bye"])
+    with pytest.raises(OptionError, match="no conversation 2"):
+        chat.switch(2)
+
+
+def test_a_cell_that_is_run_again_goes_on_with_its_conversation(
+    session: irkit.Session, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+    monkeypatch.setattr(base, "show", lambda widget, twin, twin_id: shown.append(twin))
+    monkeypatch.setattr(base, "running", lambda: ("a cell", "first"))
+    chat.show()
+    asked(chat, "Hello")
+    begin_endless(chat)
+    monkeypatch.setattr(base, "running", lambda: ("a cell", "second"))
+    again = Chat(session)
+    again.show()
+    assert chat.comm is None
+    assert [message["role"] for message in again.messages] == ["user", "assistant"] * 2
+    assert "Hello" in shown[-1]
+    again.close()
 
 
 def test_the_verb_gives_a_chat_in_a_notebook_and_checks_its_options(
