@@ -76,7 +76,7 @@ def kernel(jupyter: "Jupyter", model_path: Path) -> "Iterator[Kernel]":
     from driving import REPOSITORY
 
     kernel = jupyter.start_kernel()
-    kernel.ask("exec(\"import irkit; s = irkit.Session('smollm2', num_ctx=2048)\", globals())")
+    kernel.run("import irkit; s = irkit.Session('smollm2', num_ctx=2048)")
     assert Path(kernel.ask("irkit.__file__")).parents[1] == REPOSITORY
     yield kernel
     kernel.close()

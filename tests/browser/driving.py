@@ -69,6 +69,9 @@ class Kernel:
 
     def connect(self) -> None:
         """Waits for the kernel, and makes a subshell in it."""
+        asked = self._client.session.msg("kernel_info_request")  # before it is up, ipykernel 7 fails to make a subshell
+        self._client.shell_channel.send(asked)
+        self._reply(self._client.get_shell_msg, asked)
         asked = self._client.session.msg("create_subshell_request")
         self._client.control_channel.send(asked)
         self._subshell = self._reply(self._client.get_control_msg, asked)["subshell_id"]
@@ -84,6 +87,10 @@ class Kernel:
         if value["status"] != "ok":
             raise RuntimeError(f"{expression}: {value['ename']}: {value['evalue']}")
         return json.loads(eval(value["data"]["text/plain"]))  # the repr of a str
+
+    def run(self, statements: str) -> None:
+        """Runs statements in the kernel's namespace, beside what else it does."""
+        self.ask(f"exec({statements!r}, globals())")
 
     def until(self, expression: str, seconds: float = SECONDS) -> Any:
         """Waits until an expression is true, and returns it."""

@@ -63,7 +63,7 @@ def test_attention_is_painted_and_answers_pointer_and_keys(
     page.keyboard.press("Escape")
     kernel.until("not a.locked")
     # Python chooses, and the page follows.
-    kernel.ask("exec('a.sort = \"entropy\"; a.layer = 7', globals())")
+    kernel.run("a.sort = 'entropy'; a.layer = 7")
     expect(view.locator("h4")).to_have_text("Layer 7, head 1")
     expect(view.get_by_label("Sort by")).to_have_value("entropy")
 
@@ -120,14 +120,14 @@ def test_a_canvas_that_was_out_of_sight_is_painted_again(notebook: Notebook) -> 
     for _ in range(20):
         last = notebook.add("\n" * 12)
     notebook.scroll_to(last)
-    expect(view).not_to_be_attached()
+    expect(view).not_to_be_in_viewport()
     notebook.scroll_to(1)
-    expect(view).to_be_visible()
+    expect(view).to_be_in_viewport()
     assert painted(thumbnails(view)) > 0.5
 
 
 def test_running_a_cell_again_closes_its_view(notebook: Notebook, kernel: Kernel) -> None:
-    kernel.ask("exec('kept = []', globals())")
+    kernel.run("kept = []")
     cell = notebook.add(f"{ATTENTION}\nkept.append(a); a")
     shown(notebook, cell)
     view = shown(notebook, cell)
@@ -141,7 +141,7 @@ def test_a_reloaded_page_has_the_view_and_another_kernel_its_twin(
     view = shown(notebook, ATTENTION)
     twin = notebook.output(1).locator("[class^='irkit-twin-']")
     expect(twin).to_be_hidden()
-    kernel.ask("setattr(a, 'layer', 5)")
+    kernel.run("a.layer = 5")
     expect(view.locator("h4")).to_contain_text("Layer 5")
     notebook.save()
     notebook.reload()
