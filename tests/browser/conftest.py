@@ -4,7 +4,6 @@ They need Chromium, Debian's or another; where there is none they are skipped, u
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +15,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Error, Page
 
 REQUIRED = "IRKIT_BROWSER_REQUIRED"
-NAMES = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,17 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def browser() -> "Iterator[Browser]":
     """Chromium, without a screen."""
     refuse = pytest.fail if os.environ.get(REQUIRED) else pytest.skip
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if not found:
-        refuse(f"no Chromium: none of {', '.join(NAMES)} is there (Debian's package is chromium)")
-    from driving import CHROMIUM_FLAGS, SECONDS
-    from playwright.sync_api import expect, sync_playwright
+    from driving import CHROMIUM, SECONDS, chromium, launched
+    from playwright.sync_api import expect
 
+    if chromium() is None:
+        refuse(f"no Chromium: none of {', '.join(CHROMIUM)} is there (Debian's package is chromium)")
     expect.set_options(timeout=SECONDS * 1000)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

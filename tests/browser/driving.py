@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,11 +22,18 @@ import httpx
 import nbformat
 from jupyter_client.blocking.client import BlockingKernelClient
 from PIL import Image
-from playwright.sync_api import BrowserContext, Locator, Page, WebSocket
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, WebSocket, sync_playwright
 
 REPOSITORY = Path(__file__).parents[2]
 SECONDS = 60
 """How long a slow machine may take for one step."""
+CHROMIUM = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+"""Where Chromium may be, in the order they are tried."""
 CHROMIUM_FLAGS = [
     "--no-sandbox",
     "--disable-dev-shm-usage",
@@ -39,6 +47,20 @@ CHROMIUM_FLAGS = [
 """For a machine without a screen; and no name is looked up, so that what asks for another machine fails."""
 
 App = Literal["lab", "notebook"]
+
+
+def chromium() -> str | None:
+    """The path of the installed Chromium, if there is one."""
+    return next(filter(None, map(shutil.which, CHROMIUM)), None)
+
+
+@contextmanager
+def launched() -> Iterator[Browser]:
+    """The installed Chromium, without a screen."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
 
 
 class Outside:
