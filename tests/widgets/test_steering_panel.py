@@ -37,7 +37,7 @@ def answered(panel: SteeringPanel) -> tuple[Any, Any]:
     before = panel.answers.get("run", 0)
     panel.answer()
     for _ in range(600):
-        if panel.answers.get("run", 0) > before and not panel.running or panel.problem:
+        if (panel.answers.get("run", 0) > before and not panel.running) or panel.problem:
             break
         panel._stop.wait(0.1)
     assert panel.problem == ""
@@ -126,9 +126,7 @@ def test_the_page_is_told_of_both_a_part_at_a_time(panel: SteeringPanel, monkeyp
     assert (text, token) == (unedited.tokens[0].text, unedited.tokens[0].id)
     assert logprob == pytest.approx(unedited.tokens[0].logprob, abs=1e-3)
     assert len(top) == 8
-    assert panel.answers["sides"][1]["tokens"] == [
-        each for message in sent for each in message["sides"][1]["tokens"]
-    ]
+    assert panel.answers["sides"][1]["tokens"] == [each for message in sent for each in message["sides"][1]["tokens"]]
     sent.clear()
     panel._handle_custom_msg({"kind": "state"}, [])
     assert [len(side["tokens"]) for side in sent[0]["sides"]] == [len(unedited.tokens), len(edited.tokens)]
