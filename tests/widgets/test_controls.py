@@ -54,6 +54,13 @@ def test_presets_and_own_values() -> None:
     assert told[-1] == {"top_p": 0.3}
 
 
+def test_a_page_that_rounds_changes_nothing() -> None:
+    made = controls.sampling()
+    made.set(repeat_penalty=1.0000000000000002)
+    assert made.read()["repeat_penalty"] == 1
+    assert made.preset.value == "balanced"
+
+
 def test_other_kinds_of_options() -> None:
     class Some(Options):
         deep: bool = Field(default=True, description="How deep.")
