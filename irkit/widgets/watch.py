@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 from ipywidgets import VBox, Widget
 
-from irkit import reprs
+from irkit import notebook, reprs
 from irkit.errors import IrkitError, OptionError
 from irkit.observing import Asked
 from irkit.results import Generation, Token
@@ -60,7 +60,7 @@ class Seen:
         return "".join(token.text for token in self.tokens)
 
     def __repr__(self) -> str:
-        return f"<{self.asked.by or 'the program'}: {self.prompt[:40]!r}, {self.facts}>"
+        return f"<{_who(self)}: {self.prompt[:40]!r}, {self.facts}>"
 
 
 class WatchView(base.View):
@@ -225,7 +225,7 @@ class WatchView(base.View):
         """The last answers as a table without script."""
         heads = ("when", "asked by", "asked", "answer", "")
         rows = [
-            (f"{seen.asked.at:%H:%M:%S}", seen.asked.by or "the program", _short(seen.prompt), seen.text, seen.facts)
+            (f"{seen.asked.at:%H:%M:%S}", _who(seen), _short(seen.prompt), seen.text, seen.facts)
             for seen in self.answers[-_IN_TWIN:]
         ]
         title = f"<b>Answers</b> of <b>{escape(self.info['model'])}</b>"
@@ -259,6 +259,10 @@ def _text(content: Any) -> str:
     return "".join(str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in parts)
 
 
+def _who(seen: Seen) -> str:
+    return seen.asked.by or ("this notebook" if notebook.shell() else "this program")
+
+
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _SNIPPET else f"{line[: _SNIPPET - 1]}…"
@@ -267,7 +271,7 @@ def _short(text: str) -> str:
 def _row(seen: Seen) -> dict[str, Any]:
     return {
         "id": seen.id,
-        "by": seen.asked.by or "the program",
+        "by": _who(seen),
         "at": f"{seen.asked.at:%H:%M:%S}",
         "asked": _short(seen.prompt),
         "facts": seen.facts,
