@@ -268,7 +268,7 @@ function render({ model, el }) {
     if (!found) return;
     const all = weights(found, token).filter((each) => !(reading() && hidden(each.token)));
     const most = Math.max(...all.map((each) => each.weight), 1e-9);
-    const shares = new Map(all.map((each) => [each.token, Math.round(70 * Math.sqrt(each.weight / most))]));
+    const shares = new Map(all.map((each) => [each.token, Math.round(50 * Math.sqrt(each.weight / most))]));
     spans.forEach((span, at) => {
       span.style.background = shares.get(at) ? `color-mix(in srgb, var(--irkit-accent) ${shares.get(at)}%, transparent)` : "";
       span.classList.toggle("irkit-here", at === token);

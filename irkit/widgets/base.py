@@ -64,6 +64,9 @@ class View(anywidget.AnyWidget):
             return
         display(HTML(self._framed()), display_id=self.twin_id, update=True)
 
+    def succeed(self, old: View) -> None:
+        """Take over what should last of a view that an earlier run of the cell showed, and that is closed now."""
+
     def _framed(self) -> str:
         return f'<div class="irkit-twin-{self.twin_id}">{self.twin()}</div>'
 
@@ -101,6 +104,7 @@ def _take_over(view: View, cell: str | None, execution: str | None) -> None:
     if before != execution:
         for old in views:
             if old is not view:
+                view.succeed(old)
                 old.close()
         views = []
     _shown[cell] = execution, [*views, view]

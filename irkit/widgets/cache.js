@@ -221,19 +221,20 @@ function render({ model, el }) {
   }
   /** Keys and values of one position by layer, each on its own scale. */
   function drawChart(layer, at) {
-    const { faint, accent, font, line, ink } = theme(view);
-    const width = Math.min(360, chart.parentElement.clientWidth);
+    const { faint, accent, font, line } = theme(view);
+    const width = Math.min(520, chart.parentElement.clientWidth);
     if (width <= 0) return;
-    const context = sheet(chart, width, 132);
+    const context = sheet(chart, width, 150);
     const n = count();
     const parts = [["keys", lengths("keys"), accent], ["values", lengths("values"), faint]];
     context.font = `10px ${font}`;
     context.strokeStyle = line;
-    context.strokeRect(30.5, 6.5, width - 36, 104);
+    context.strokeRect(0.5, 20.5, width - 2, 110);
     context.fillStyle = faint;
     context.textAlign = "center";
-    const x = (each) => 34 + ((width - 43) * each) / Math.max(info.layers - 1, 1);
-    for (let each = 0; each < info.layers; each += 5) context.fillText(each, x(each), 122);
+    const x = (each) => 10 + ((width - 20) * each) / Math.max(info.layers - 1, 1);
+    const y = (part) => 126 - 100 * part;
+    for (let each = 0; each < info.layers; each += 5) context.fillText(each, x(each), 141);
     const rows = Array.from({ length: info.layers }, (_, each) => [each]);
     const lines = [];
     parts.forEach(([name, values, colour], index) => {
@@ -244,15 +245,13 @@ function render({ model, el }) {
       context.strokeStyle = context.fillStyle = colour;
       context.lineWidth = 1.5;
       context.beginPath();
-      mine.forEach((value, each) => context[each ? "lineTo" : "moveTo"](x(each), 108 - (98 * value) / most));
+      mine.forEach((value, each) => context[each ? "lineTo" : "moveTo"](x(each), y(value / most)));
       context.stroke();
       context.beginPath();
-      context.arc(x(layer), 108 - (98 * mine[layer]) / most, 3, 0, 7);
+      context.arc(x(layer), y(mine[layer] / most), 3, 0, 7);
       context.fill();
       context.textAlign = "left";
-      context.fillText(`${name}, to ${most.toFixed(1)}`, 36 + index * 90, 14);
-      context.textAlign = "right";
-      context.fillStyle = index ? faint : ink;
+      context.fillText(`${name}, up to ${most.toFixed(1)}`, 2 + index * 120, 9);
       lines.push(`${name} ${mine[layer].toFixed(2)}`);
     });
     if (n) here.textContent = `${at} “${tokenLabel(info.tokens[at], 18)}” · layer ${layer}: ${lines.join(", ")}`;

@@ -89,13 +89,13 @@ class CacheWidget(base.View):
             lengths = held.lengths().astype(np.float16)
             self._lengths, self._version = lengths, self._version + 1
             last = max(len(held) - 1, 0)
-            config = self.cache._model.config
+            config, words = self.cache._model.config, self.cache._model.tokenizer
             with self.hold_sync():
                 self.position, self.until = min(self.position, last), min(self.until, last)
                 self.info = {
                     "version": self._version,
                     "model": self.cache._model.path.stem,
-                    "tokens": [self.cache._model.tokenizer.decode([token]) for token in held.ids],
+                    "tokens": [words.decode([token], skip_special=False, at_start=False) for token in held.ids],
                     "ids": list(held.ids),
                     "layers": config.n_layers,
                     "heads": config.n_kv_heads,
@@ -148,6 +148,7 @@ class CacheWidget(base.View):
         """
         with self._lock:
             self.cache.drop(range(min(first, last), max(first, last) + 1))
+            self.until = self.position = min(first, last)
             self.refresh()
 
     def put_back(self, number: int) -> None:
@@ -179,7 +180,7 @@ class CacheWidget(base.View):
             {
                 "number": number,
                 "tokens": len(fork),
-                "end": self.cache._model.tokenizer.decode(fork.ids[-12:]),
+                "end": self.cache._model.tokenizer.decode(fork.ids[-12:], skip_special=False, at_start=False),
                 "memory": "shared with the cache" if fork.shares_memory(self.cache) else size(fork.nbytes),
             }
             for number, fork in self.forks.items()

@@ -1,6 +1,7 @@
 // The chat's page. What is said is the model's trait `turns`; an answer in the making comes in messages of what is new.
 
 const PATIENCE = 1500; // milliseconds after which a kernel that does not answer is said to be busy
+const PING = 2000; // milliseconds between two questions whether it hears, while it answers
 const POLL = 100; // milliseconds between two questions where the kernel's threads do not reach the page
 const STAY = "The kernel is at work in a cell, and this front end delivers nothing to it meanwhile";
 
@@ -25,7 +26,8 @@ function render({ model, el }) {
   const systemBox = make("details", { className: "irkit-system" }, make("summary", {}, "System prompt"), system);
   const exporting = make("select", { "aria-label": "Export", title: "Save the conversation", onchange: () => { if (exporting.value) model.send({ kind: "export", format: exporting.value }); exporting.value = ""; } });
   for (const [value, text] of [["", "Export"], ["markdown", "Markdown"], ["json", "JSON"]]) exporting.append(make("option", { value, hidden: !value }, text));
-  const fresh = make("button", { onclick: () => model.send({ kind: "clear" }), title: "Begin a new conversation" }, "New");
+  const fresh = make("button", { onclick: () => (model.send({ kind: "new" }), input.focus()), title: "Begin a new conversation; this one is kept" }, "New");
+  const others = make("select", { className: "irkit-others", "aria-label": "Conversation", onchange: () => model.send({ kind: "switch", conversation: Number(others.value) }) });
   const bar = make(
     "div",
     { className: "irkit-bar" },
@@ -33,6 +35,7 @@ function render({ model, el }) {
     make("span", { className: "irkit-context" }, meter, used),
     choice(model, "colour", "Tokens", { none: "as text", probability: "by probability", entropy: "by entropy" }),
     exporting,
+    others,
     fresh,
   );
   const empty = make("div", { className: "irkit-hello" }, make("b", {}, `Talk to ${name}.`), " Enter sends, Shift+Enter begins a new line, Escape stops an answer.");
@@ -69,8 +72,9 @@ function render({ model, el }) {
     tell({ kind: "stop" });
     say("stopping …");
   }
-  /** Looks, four times a second while something is waited for, whether the kernel hears and its threads are heard. */
+  /** Looks, while something is waited for, whether the kernel hears, and whether its threads are heard. */
   let poll = 0;
+  let pinged = 0;
   const timer = setInterval(() => {
     const now = performance.now();
     const busy = get("busy");
@@ -78,10 +82,13 @@ function render({ model, el }) {
       if (!busy) say(`${STAY}: your message is taken up when the cell ends.`);
       else say(`${STAY}: Stop takes effect when the cell ends. The notebook's own interrupt does not reach this answer.`);
     } else if (noted.startsWith(STAY)) say("");
-    if (busy && !awaited) tell({ kind: "ping" });
-    if (busy && !threads && askedAt && now - askedAt > PATIENCE) poll ||= setInterval(() => model.send({ kind: "poll", seq }), POLL);
-    if (poll && (threads || !busy)) poll = clearInterval(poll) ?? 0;
-  }, 2000);
+    if (busy && now - pinged > PING) {
+      pinged = now;
+      tell({ kind: "ping" });
+    }
+    if (!threads && askedAt && now - askedAt > PATIENCE) poll ||= setInterval(() => model.send({ kind: "poll", seq }), POLL);
+    if (poll && (threads || !(busy || awaited))) poll = clearInterval(poll) ?? 0;
+  }, 500);
 
   // What was said.
   let stick = true; // whether the end is kept in sight
@@ -151,7 +158,11 @@ function render({ model, el }) {
     const busy = get("busy");
     stop.hidden = !busy;
     send.hidden = Boolean(busy);
-    fresh.disabled = Boolean(busy);
+    fresh.disabled = others.disabled = Boolean(busy);
+    const titles = get("titles");
+    others.hidden = titles.length < 2;
+    others.replaceChildren(...titles.map((title, value) => make("option", { value }, `${value + 1} · ${title || "new"}`)));
+    others.value = get("current");
     if (!busy) {
       seq = 0;
       if (noted === "stopping …") say("");
@@ -194,6 +205,7 @@ function render({ model, el }) {
       tip.show(event, make("b", { className: "irkit-token" }, tokenLabel(token.name, 28)), ...alternatives(token, body.entropies?.[index]));
     });
     body.list.addEventListener("pointerleave", tip.hide);
+    body.list.addEventListener("focusin", (event) => at(event) !== body.here && body.mark(at(event)));
     body.list.addEventListener("click", (event) => at(event) >= 0 && pin(id, at(event)));
     body.list.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10 }[event.key];
@@ -338,6 +350,7 @@ function render({ model, el }) {
   model.on("msg:custom", received);
   model.on("change:turns", sync);
   model.on("change:busy", () => (state(), sync()));
+  for (const trait of ["titles", "current"]) model.on(`change:${trait}`, state);
   model.on("change:used", () => fill(get("used")));
   model.on("change:colour", () => (explain(), sync()));
   model.on("change:system", () => (system.value = get("system")));

@@ -31,6 +31,8 @@ from irkit.widgets.inspector import Inspector
 
 BEAT = 1 / 12
 """Seconds between two messages to the page while an answer is made, at least."""
+_PATIENCE = 5.0
+"""Seconds that a chat's end may take when another takes its place."""
 _SHARE = 12
 """A message may take one part in so many of the time between two; where it takes longer, they come less often."""
 
@@ -56,6 +58,10 @@ class Chat(base.View):
     """The id of the answer that is being made; 0 where none is."""
     used = traitlets.Int(0).tag(sync=True)
     """Tokens of the context that the conversation takes."""
+    titles = traitlets.List().tag(sync=True)
+    """How each conversation of this chat begins."""
+    current = traitlets.Int(0).tag(sync=True)
+    """Which of them is shown."""
 
     def __init__(
         self, session: Session, system: str = "", options: GenerateOptions | None = None, **chosen: Any
@@ -72,7 +78,7 @@ class Chat(base.View):
             info={"model": session.name, "n_ctx": n_ctx, "alternatives": answer.ALTERNATIVES}, system=system
         )
         choose(self, chosen)
-        self._root = Turn("")
+        self._roots = [Turn("")]
         self._lock = threading.RLock()
         self._live: Live | None = None
         self._work = ThreadPoolExecutor(1, "irkit-chat")
@@ -222,18 +228,41 @@ class Chat(base.View):
         live = self._live
         return live is None or live.ended.wait(seconds)
 
-    def clear(self) -> None:
-        """Begin a new conversation.
+    def new(self) -> None:
+        """Begin another conversation; those before it are kept, and `switch` shows them.
 
         Raises:
             OptionError: an answer is being made.
         """
         with self._lock:
+            if self._roots[-1].after:
+                self._idle()
+                self._roots.append(Turn(""))
+            self.switch(len(self._roots) - 1)
+
+    def switch(self, conversation: int) -> None:
+        """Show this one of the chat's conversations, counted from 0.
+
+        Raises:
+            OptionError: an answer is being made, or there is no such conversation.
+        """
+        with self._lock:
             self._idle()
-            self._root = Turn("")
+            if conversation not in range(len(self._roots)):
+                raise OptionError(f"there is no conversation {conversation}; there are {len(self._roots)}")
+            self.current = conversation
             self._inspector.clear()
             self._draw()
         self.refresh_twin()
+
+    def succeed(self, old: base.View) -> None:
+        """Go on with the conversations of the chat that the same cell showed of the same session."""
+        if isinstance(old, Chat) and old._session is self._session and not self.turns:
+            old.stop()
+            old.wait(_PATIENCE)
+            with self._lock:
+                self._roots, self.current, self.system = old._roots, old.current, self.system or old.system
+                self._draw()
 
     # Making an answer.
 
@@ -335,8 +364,10 @@ class Chat(base.View):
                     self.continue_from(message["turn"], message["position"], message["token"])
                 case "version":
                     self.show_version(message["turn"])
-                case "clear":
-                    self.clear()
+                case "new":
+                    self.new()
+                case "switch":
+                    self.switch(message["conversation"])
                 case "export":
                     text = self.export(message["format"])
                     self.send({"kind": "file", "format": message["format"], "text": text})
@@ -406,6 +437,10 @@ class Chat(base.View):
 
     # What is shown.
 
+    @property
+    def _root(self) -> Turn:
+        return self._roots[self.current]
+
     def _draw(self) -> None:
         """Bring the traits up to date."""
         shown = list(conversation.path(self._root))
@@ -413,6 +448,7 @@ class Chat(base.View):
         last = shown[-1] if shown else None
         with self.hold_sync():
             self.turns = [answer.drawn(turn, live) for turn in shown]
+            self.titles = [root.after[root.chosen].text[:60] if root.after else "" for root in self._roots]
             self.busy = live
             self.used = len(last.prompt) + len(last.tokens) if last else 0
 

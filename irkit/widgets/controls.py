@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -81,20 +82,20 @@ def sampling(model: type[Options] = GenerateOptions, values: Mapping[str, Any] |
     controls = Controls(VBox([preset, *first, *([rest] if more else [])]), widgets, preset)
     controls.set(**{name: value for name, value in (values or {}).items() if name in widgets})
     begun = controls.read()
-    setting = False
+    touched = {name for each in PRESETS.values() for name in each} & widgets.keys()
+    meant = {name: {each: chosen.get(each, begun[each]) for each in touched} for name, chosen in PRESETS.items()}
 
     def choose(change: Any) -> None:
-        nonlocal setting
-        if change["new"] != _OWN:
-            setting = True
-            chosen = PRESETS[change["new"]]
-            touched = {name for each in PRESETS.values() for name in each} & widgets.keys()
-            controls.set(**{name: chosen.get(name, begun[name]) for name in touched})
-            setting = False
+        if change["new"] in meant and not holds(change["new"]):
+            controls.set(**meant[change["new"]])
+
+    def holds(name: str) -> bool:
+        now = controls.read()
+        return all(math.isclose(now[each], value, abs_tol=1e-9) for each, value in meant[name].items())
 
     def moved(_: Any) -> None:
-        if not setting:
-            preset.value = _OWN
+        if preset.value not in meant or not holds(preset.value):
+            preset.value = next(filter(holds, meant), _OWN)
 
     preset.observe(choose, "value")
     controls.observe(moved)
@@ -150,4 +151,7 @@ def _kind(annotation: Any) -> Any:
 
 
 def _value(widget: Any) -> Any:
-    return tuple(widget.value) if isinstance(widget, TagsInput) else widget.value
+    """What a control says; a slider's page counts its steps, and gives 1.0000000000000002 for 1."""
+    if isinstance(widget, TagsInput):
+        return tuple(widget.value)
+    return round(widget.value, 9) if isinstance(widget.value, float) else widget.value

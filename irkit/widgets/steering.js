@@ -328,7 +328,7 @@ function render({ model, el }) {
     const caption = alike ? `The next token after “…${before}”` : `Token ${index + 1} of each, after what it said itself`;
     table.replaceChildren(
       make("caption", {}, `${caption}`),
-      make("tr", {}, ...["token", "unedited", "", "edited", "", ""].map((head) => make("th", { scope: "col" }, head))),
+      make("tr", {}, ...["token", "unedited", "", "", "edited", "", "", "points"].map((head) => make("th", { scope: "col" }, head))),
       ...listed.map(([id, [text, ...shares]]) =>
         make(
           "tr",
@@ -338,7 +338,11 @@ function render({ model, el }) {
             const stripe = make("span");
             stripe.style.width = `${(100 * (value ?? 0)) / most}%`;
             const said = both[side]?.[1] === id;
-            return [make("td", { className: "irkit-number" }, share(value, side), said ? " ●" : "  "), make("td", { className: `irkit-bars irkit-bars-${side}` }, stripe)];
+            return [
+              make("td", { className: "irkit-number" }, share(value, side)),
+              make("td", { className: "irkit-mark", title: said ? "what it said" : "" }, said ? "●" : ""),
+              make("td", { className: `irkit-bars irkit-bars-${side}` }, value === null ? "" : stripe),
+            ];
           }),
           make("td", { className: "irkit-number" }, shares[0] !== null && shares[1] !== null ? signed(100 * (shares[1] - shares[0])) : ""),
         ),

@@ -4,7 +4,6 @@ They need Chromium, Debian's or another; where there is none they are skipped, u
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +15,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Error, Page
 
 REQUIRED = "IRKIT_BROWSER_REQUIRED"
-NAMES = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,16 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def browser() -> "Iterator[Browser]":
     """Chromium, without a screen."""
     refuse = pytest.fail if os.environ.get(REQUIRED) else pytest.skip
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if not found:
-        refuse(f"no Chromium: none of {', '.join(NAMES)} is there (Debian's package is chromium)")
-    from driving import CHROMIUM_FLAGS
-    from playwright.sync_api import sync_playwright
+    from driving import CHROMIUM, SECONDS, chromium, launched
+    from playwright.sync_api import expect
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS)
+    if chromium() is None:
+        refuse(f"no Chromium: none of {', '.join(CHROMIUM)} is there (Debian's package is chromium)")
+    expect.set_options(timeout=SECONDS * 1000)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +66,7 @@ def kernel(jupyter: "Jupyter", model_path: Path) -> "Iterator[Kernel]":
     from driving import REPOSITORY
 
     kernel = jupyter.start_kernel()
-    kernel.ask("exec(\"import irkit; s = irkit.Session('smollm2', num_ctx=2048)\", globals())")
+    kernel.run("import irkit; s = irkit.Session('smollm2', num_ctx=2048)")
     assert Path(kernel.ask("irkit.__file__")).parents[1] == REPOSITORY
     yield kernel
     kernel.close()
@@ -84,6 +75,8 @@ def kernel(jupyter: "Jupyter", model_path: Path) -> "Iterator[Kernel]":
 @pytest.fixture
 def page(context: "BrowserContext", outside: "Outside") -> "Iterator[Page]":
     """A page, in which no script of a widget may fail and from which no request may leave this machine."""
+    from driving import SECONDS
+
     failures: list[str] = []
 
     def failed(error: "Error") -> None:
@@ -92,6 +85,7 @@ def page(context: "BrowserContext", outside: "Outside") -> "Iterator[Page]":
 
     outside.asked.clear()
     page = context.new_page()
+    page.set_default_timeout(SECONDS * 1000)
     page.on("pageerror", failed)
     yield page
     page.close()

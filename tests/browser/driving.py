@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,18 +13,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from queue import Empty
 from typing import Any, Literal
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import httpx
 import nbformat
 from jupyter_client.blocking.client import BlockingKernelClient
 from PIL import Image
-from playwright.sync_api import BrowserContext, Locator, Page, WebSocket
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, WebSocket, sync_playwright
 
 REPOSITORY = Path(__file__).parents[2]
 SECONDS = 60
 """How long a slow machine may take for one step."""
+CHROMIUM = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+"""Where Chromium may be, in the order they are tried."""
 CHROMIUM_FLAGS = [
     "--no-sandbox",
     "--disable-dev-shm-usage",
@@ -37,6 +47,20 @@ CHROMIUM_FLAGS = [
 """For a machine without a screen; and no name is looked up, so that what asks for another machine fails."""
 
 App = Literal["lab", "notebook"]
+
+
+def chromium() -> str | None:
+    """The path of the installed Chromium, if there is one."""
+    return next(filter(None, map(shutil.which, CHROMIUM)), None)
+
+
+@contextmanager
+def launched() -> Iterator[Browser]:
+    """The installed Chromium, without a screen."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
 
 
 class Outside:
@@ -60,8 +84,16 @@ class Kernel:
         self.key = key
         self._client = BlockingKernelClient(connection_file=str(connection_file))
         self._client.load_connection_file()
-        self._client.start_channels()
-        self._client.wait_for_ready(timeout=SECONDS)
+        self._client.start_channels(
+            hb=False
+        )  # on a busy machine the heart is heard late, and the kernel taken for dead
+        self._subshell = ""
+
+    def connect(self) -> None:
+        """Waits for the kernel, and makes a subshell in it."""
+        asked = self._client.session.msg("kernel_info_request")  # before it is up, ipykernel 7 fails to make a subshell
+        self._client.shell_channel.send(asked)
+        self._reply(self._client.get_shell_msg, asked)
         asked = self._client.session.msg("create_subshell_request")
         self._client.control_channel.send(asked)
         self._subshell = self._reply(self._client.get_control_msg, asked)["subshell_id"]
@@ -77,6 +109,10 @@ class Kernel:
         if value["status"] != "ok":
             raise RuntimeError(f"{expression}: {value['ename']}: {value['evalue']}")
         return json.loads(eval(value["data"]["text/plain"]))  # the repr of a str
+
+    def run(self, statements: str) -> None:
+        """Runs statements in the kernel's namespace, beside what else it does."""
+        self.ask(f"exec({statements!r}, globals())")
 
     def until(self, expression: str, seconds: float = SECONDS) -> Any:
         """Waits until an expression is true, and returns it."""
@@ -184,7 +220,20 @@ class Notebook:
     def dark(self, wanted: bool = True) -> None:
         """Changes the theme, and waits until it is there."""
         self.command("apputils:change-theme", theme="JupyterLab Dark" if wanted else "JupyterLab Light")
-        self.page.wait_for_selector(f"body[data-jp-theme-light='{str(not wanted).lower()}']", timeout=SECONDS * 1000)
+        self.page.wait_for_selector(
+            f"body[data-jp-theme-light='{str(not wanted).lower()}']", state="attached", timeout=SECONDS * 1000
+        )
+
+    def windowed(self) -> None:
+        """Takes cells that are out of sight out of the page, as long notebooks do."""
+        self.page.evaluate("""() => {
+            const notebook = window.jupyterapp.shell.currentWidget.content;
+            notebook.notebookConfig = { ...notebook.notebookConfig, windowingMode: "full" };
+        }""")
+
+    def scroll_to(self, number: int) -> None:
+        """Brings a cell into sight."""
+        self.page.evaluate("(at) => window.jupyterapp.shell.currentWidget.content.scrollToItem(at, 'start')", number)
 
     def save(self) -> dict[str, Any]:
         """Saves the notebook, and returns what is in the file."""
@@ -219,20 +268,35 @@ class Jupyter:
             .raise_for_status()
             .json()["id"]
         )
-        return Kernel(key, self.directory / "runtime" / f"kernel-{key}.json")
+        kernel = Kernel(key, self.directory / "runtime" / f"kernel-{key}.json")
+        try:
+            kernel.connect()
+        except Empty as error:
+            kernel.close()  # else what was sent waits for ever
+            raise RuntimeError(f"the kernel does not answer:\n{self.log()}") from error
+        return kernel
 
-    def open(self, page: Page, kernel: Kernel, cells: Sequence[str] = ("",), app: App = "lab") -> Notebook:
-        """Writes a notebook of these code cells, and opens it in a page with this kernel."""
+    def log(self) -> str:
+        """The end of what the server and its kernels have printed."""
+        return (self.directory / "server.log").read_text()[-4000:]
+
+    def write(self, cells: Sequence[str] = ("",)) -> Path:
+        """Writes a notebook of these code cells."""
         self._count += 1
         path = self.root / f"{self._count}.ipynb"
         made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
         made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(made, path)
+        return path
+
+    def open(self, page: Page, kernel: Kernel, path: Path | None = None, app: App = "lab") -> Notebook:
+        """Opens a notebook, or a new one, in a page with this kernel."""
+        path = path or self.write()
         session = {"path": path.name, "name": path.name, "type": "notebook", "kernel": {"id": kernel.key}}
         httpx.post(f"{self.url}/api/sessions", json=session, timeout=SECONDS).raise_for_status()
         notebook = Notebook(page, path)
         # A workspace of its own has no tabs of other notebooks.
-        where = f"lab/workspaces/{self._count}/tree" if app == "lab" else "notebooks"
+        where = f"lab/workspaces/{uuid4().hex}/tree" if app == "lab" else "notebooks"
         page.goto(f"{self.url}/{where}/{path.name}", wait_until="domcontentloaded")
         notebook.wait_until_ready()
         return notebook
@@ -270,8 +334,7 @@ def jupyter(directory: Path) -> Iterator[Jupyter]:
         "LabApp.expose_app_in_browser": True,
         "JupyterNotebookApp.expose_app_in_browser": True,
     }
-    log = directory / "server.log"
-    with log.open("wb") as written:
+    with (directory / "server.log").open("wb") as written:
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -287,8 +350,9 @@ def jupyter(directory: Path) -> Iterator[Jupyter]:
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_for_server(url, process, log)
-        yield Jupyter(url, directory)
+        server = Jupyter(url, directory)
+        _wait_for(server, process)
+        yield server
     finally:
         process.terminate()
         try:
@@ -298,15 +362,56 @@ def jupyter(directory: Path) -> Iterator[Jupyter]:
             process.wait()
 
 
-def _wait_for_server(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_for(server: Jupyter, process: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + 2 * SECONDS
     while time.monotonic() < end and process.poll() is None:
         try:
-            if httpx.get(f"{url}/api/status", timeout=5).is_success:
+            if httpx.get(f"{server.url}/api/status", timeout=5).is_success:
                 return
         except httpx.TransportError:
             time.sleep(0.2)
-    raise RuntimeError(f"Jupyter did not start:\n{log.read_text()[-4000:]}")
+    raise RuntimeError(f"Jupyter did not start:\n{server.log()}")
+
+
+CONTRAST = """(root) => {
+    const probe = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
+    const brush = probe.getContext("2d", { willReadFrequently: true });
+    const rgba = (colour) => {
+        brush.clearRect(0, 0, 1, 1);
+        brush.fillStyle = colour;
+        brush.fillRect(0, 0, 1, 1);
+        const [r, g, b, a] = brush.getImageData(0, 0, 1, 1).data;
+        return [r, g, b, a / 255];
+    };
+    const over = ([r, g, b, a], ground) => [r, g, b].map((part, at) => a * part + (1 - a) * ground[at]);
+    const ground = (element) => {
+        const below = element.parentElement ? ground(element.parentElement) : [255, 255, 255];
+        return over(rgba(getComputedStyle(element).backgroundColor), below);
+    };
+    const light = (rgb) => {
+        const [r, g, b] = rgb.map((part) => part / 255).map(
+            (x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4),
+        );
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const found = [];
+    for (const element of root.querySelectorAll("*")) {
+        const texts = [...element.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE);
+        const text = texts.map((node) => node.data.trim()).join("");
+        if (!text || !element.checkVisibility() || element.matches("style, script, option, :disabled")) continue;
+        const under = ground(element);
+        const [a, b] = [light(under), light(over(rgba(getComputedStyle(element).color), under))];
+        found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), text.slice(0, 40)]);
+    }
+    return found;
+}"""
+
+
+def hard_to_read(shown: Locator, least: float = 4.5) -> list[tuple[float, str]]:
+    """The texts in an element that stand out less than WCAG 2.2 asks for (contrast of 4.5), with their contrast."""
+    found = shown.evaluate(CONTRAST)
+    assert found
+    return [(contrast, text) for contrast, text in found if contrast < least]
 
 
 def picture(shown: Locator) -> Image.Image:

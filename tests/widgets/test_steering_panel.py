@@ -126,9 +126,7 @@ def test_the_page_is_told_of_both_a_part_at_a_time(panel: SteeringPanel, monkeyp
     assert (text, token) == (unedited.tokens[0].text, unedited.tokens[0].id)
     assert logprob == pytest.approx(unedited.tokens[0].logprob, abs=1e-3)
     assert len(top) == 8
-    assert panel.answers["sides"][1]["tokens"] == [
-        each for message in sent for each in message["sides"][1]["tokens"]
-    ]
+    assert panel.answers["sides"][1]["tokens"] == [each for message in sent for each in message["sides"][1]["tokens"]]
     sent.clear()
     panel._handle_custom_msg({"kind": "state"}, [])
     assert [len(side["tokens"]) for side in sent[0]["sides"]] == [len(unedited.tokens), len(edited.tokens)]
