@@ -275,7 +275,8 @@ def test_sentencepiece_tokens_too() -> None:
         "scores": np.array([0.0] * 259 + [-float(rank) for rank in range(len(pieces))], np.float32),
     }
     named = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
-    tokenizer = from_gguf(SimpleNamespace(metadata=named))
+    opened: Any = SimpleNamespace(metadata=named)
+    tokenizer = from_gguf(opened)
     vocabulary, schema = structured.vocabulary(tokenizer), SCHEMAS["unicode"]
     for seed in range(5):
         form = structured.Form(vocabulary, structured.grammar(schema))
