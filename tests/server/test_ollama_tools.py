@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import ollama
 import pytest
+from langchain_ollama import ChatOllama
 
 from irkit import hub
 from irkit.session import Session
@@ -87,6 +89,24 @@ def chat(client: httpx.Client, model: str, **more: Any) -> dict[str, Any]:
 def test_calls_of_tools(client, model, said):
     answer = chat(client, model, tools=TOOLS)
     assert answer == {"role": "assistant", "content": said, "tool_calls": [{"function": CALL}]}
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def test_clients_see_the_calls_and_the_thinking(url):
+    answer = ollama.Client(url).chat("hermes", ASK, tools=[add])
+    assert answer.message.content == "Let me see."
+    (call,) = answer.message.tool_calls or ()
+    assert (call.function.name, call.function.arguments) == ("add", {"a": 1, "b": 2})
+    assert ollama.Client(url).chat("thinks", ASK, think=True).message.thinking == "Hm, two."
+    said = ChatOllama(model="mistral", base_url=url).bind_tools([add]).invoke("One and one?")
+    assert [(call["name"], call["args"]) for call in said.tool_calls] == [("add", {"a": 1, "b": 2})]
+    thought = ChatOllama(model="thinks", base_url=url, reasoning=True).invoke("One and one?")
+    assert thought.additional_kwargs["reasoning_content"] == "Hm, two."
+    assert thought.content == "It is two."
 
 
 def test_without_tools_a_call_is_text(client):
