@@ -198,6 +198,22 @@ class Generation:
         """Whether the answer has ended, in whatever way."""
         return self._reason is not None or self._error is not None
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with an error."""
+        return self._error is not None
+
+    def when_done(self, call: "Callable[[Generation], Any]") -> None:
+        """Have `call` called with this once it has ended, in the engine's thread, which waits; at once if it has."""
+
+        def tell() -> None:
+            if self.done and tell in self._watchers:
+                self._watchers.discard(tell)
+                call(self)
+
+        self._watchers.add(tell)
+        tell()
+
     def wait(self) -> "Generation":
         """This, once the answer has ended.
 

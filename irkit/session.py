@@ -102,6 +102,11 @@ class Session:
         return self._model
 
     @property
+    def n_ctx(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return self._cache.n_ctx
+
+    @property
     def defaults(self) -> GenerateOptions:
         """How answers are made where a call does not say: `irkit create` sets it for a model."""
         return self._generate_options({})
@@ -147,23 +152,25 @@ class Session:
                 tools or thinking.
             ModelFileError: `template` is none.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        system = self._manifest.system if self._manifest else None
-        if system and isinstance(messages, Sequence) and not any(map(_is_system, messages)):
-            messages = [{"role": "system", "content": system}, *messages]
         parsed = self._generate_options(options)
         model = self.model
         model.load()  # the template and the tokenizer go on beside it
         layout = self.template if template is None else model.template_of(template)
-        if tools and not layout.takes_tools:
-            raise OptionError(f"model '{self.name}' does not support tools")
-        if think and not layout.forms.thinking:
-            raise OptionError(f"model '{self.name}' does not support thinking")
-        ids = layout.encode(model.tokenizer, messages, tools=tools, think=think)
+        conversation = self._conversation(messages, layout, tools, think)
+        ids = layout.encode(model.tokenizer, conversation, tools=tools, think=think)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
         parsed = parsed.model_copy(update={"stop": (*parsed.stop, *layout.stop)})
-        return self._answer(ids, parsed, capture, edits, messages)
+        return self._answer(ids, parsed, capture, edits, conversation)
+
+    @python_only
+    def render(self, messages: Messages, tools: Tools = None, think: Think = None) -> str:
+        """A conversation as the text that `respond` has the model go on with.
+
+        Raises:
+            OptionError: the template refuses the messages, or has no place for tools or thinking.
+        """
+        conversation = self._conversation(messages, self.template, tools, think)
+        return self.template.render(conversation, tools=tools, think=think)
 
     @python_only
     @accepts(GenerateOptions)
@@ -505,6 +512,23 @@ class Session:
             for observer in tuple(self._observers):
                 observer(event)
         return notebook.ends_with_cell(made)
+
+    def _conversation(self, messages: Any, layout: "ChatTemplate", tools: Any, think: bool | None) -> Any:
+        """The messages, with the system message of the model's name (`irkit create`) where there is no other.
+
+        Raises:
+            OptionError: the template has no place for tools or thinking.
+        """
+        if tools and not layout.takes_tools:
+            raise OptionError(f"model '{self.name}' does not support tools", "tools")
+        if think and not layout.forms.thinking:
+            raise OptionError(f"model '{self.name}' does not support thinking", "think")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        system = self._manifest.system if self._manifest else None
+        if system and isinstance(messages, Sequence) and not any(map(_is_system, messages)):
+            messages = [{"role": "system", "content": system}, *messages]
+        return messages
 
     def _generate_options(self, given: Mapping[str, Any]) -> GenerateOptions:
         return parse(GenerateOptions, {**self._own, **given})

@@ -103,8 +103,8 @@ ORDER = [
     },
 ]
 # Where one thing opens another, imported there and then: `Session.chat()` the prompt loop or the widget, `irkit serve`
-# the server.
-OPENS = {("session", "cli"), ("session", "widgets"), ("session", "server"), ("cli", "server")}
+# the server, which is measured in a process of its own.
+OPENS = {("session", "cli"), ("session", "widgets"), ("session", "server"), ("cli", "server"), ("bench", "server")}
 # `view()` of what is found out, and `irkit.view`.
 OPENS |= {("analysis", "view"), ("analysis", "widgets"), ("trace", "view"), ("trace", "widgets")}
 OPENS |= {("view", "widgets"), ("view", "analysis"), ("widgets", "analysis"), ("session", "analysis")}

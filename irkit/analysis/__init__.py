@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from irkit.analysis.heads import HeadScores, attention_rollout, head_scores, pattern_scores
     from irkit.analysis.lens import LogitLens, logit_lens, next_token_probs
     from irkit.analysis.patching import PatchingSweep, patching_sweep
+    from irkit.analysis.steering import SteeringVector, steering_vector
 
 __all__ = [
     "AttributionPatching",
@@ -31,6 +32,7 @@ __all__ = [
     "LogitLens",
     "PatchingSweep",
     "Saliency",
+    "SteeringVector",
     "accumulated_resid",
     "apply_ln_to_stack",
     "attention_rollout",
@@ -46,6 +48,7 @@ __all__ = [
     "pattern_scores",
     "saliency",
     "stack_head_results",
+    "steering_vector",
 ]
 
 # Each is imported when it is first asked for, as in `irkit` itself.
@@ -64,6 +67,7 @@ _WHERE = {
     "heads": ("HeadScores", "attention_rollout", "head_scores", "pattern_scores"),
     "lens": ("LogitLens", "logit_lens", "next_token_probs"),
     "patching": ("PatchingSweep", "patching_sweep"),
+    "steering": ("SteeringVector", "steering_vector"),
 }
 _LAZY = {name: f"irkit.analysis.{module}" for module, names in _WHERE.items() for name in names}
 

@@ -22,6 +22,10 @@ MOST = 8
 """Answers that are made at once unless a server says otherwise; more of them wait for their turn."""
 
 
+_REMEMBERED = 256
+"""Clients of which it is known when they were served last."""
+
+
 class Step(Protocol):
     """What an answer asks for where others may ask for the same: to be computed for all of them in one call."""
 
@@ -69,6 +73,7 @@ class Worker:
         self._open: set[_Task] = set()
         self._waiting: list[_Task] = []
         self._running: list[_Task] = []
+        self._served: list[str] = []
 
     def submit(self, job: Callable[[], _Result], *uses: object) -> Future[_Result]:
         """Queue `job`; its result or exception arrives in the future."""
@@ -86,6 +91,11 @@ class Worker:
     def queued(self) -> int:
         """How many answers have not begun yet."""
         return sum(task.answers for task in tuple(self._open)) - len(self._running)
+
+    @property
+    def running(self) -> int:
+        """How many answers are being made."""
+        return len(self._running)
 
     @property
     def crowded(self) -> bool:
@@ -138,18 +148,22 @@ class Worker:
             elif task.answers:
                 taken |= mine
                 self._running.append(task)
+                self._served = [client for client in self._served if client != task.client][-_REMEMBERED:]
+                self._served.append(task.client)
             else:
                 self._end(task, *_outcome(task.begin))
         self._waiting = [task for task in self._waiting if task in kept]
 
     def _in_turn(self) -> list[_Task]:
-        """What waits, in the order in which it may begin: an answer behind as many as its client has before it."""
+        """What waits, in the order in which it may begin: an answer behind as many as its client has before it, and of
+        those with as many, the client's last that was served last."""
         before = Counter(task.client for task in self._running)
-        turns = dict[_Task, int]()
+        served = {client: turn for turn, client in enumerate(self._served, 1)}
+        turns = dict[_Task, tuple[int, int]]()
         for task in self._waiting:
-            turns[task] = 0
+            turns[task] = 0, 0
             if task.answers and not task.uses:  # all else keeps its order
-                turns[task] = before[task.client]
+                turns[task] = before[task.client], served.get(task.client, 0)
                 before[task.client] += 1
         return sorted(self._waiting, key=turns.__getitem__)
 

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from irkit import gguf
 from irkit.errors import ModelFileError, ModelNotFoundError, OptionError, PullError, UnsupportedModelError
-from irkit.hub import huggingface, ollama, registry
+from irkit.hub import huggingface, lookup, ollama, registry
 from irkit.hub.catalog import CATALOG, HubFile, Model, OllamaModel, Place, WebFile, WheelFile
 from irkit.hub.download import Progress, check_answers, discard, download
 from irkit.hub.wheel import unpack
@@ -91,11 +91,11 @@ def pulled(name: str) -> registry.Manifest | None:
             bool(repo) and not file and file_in_repo != source.lower() and (quantization or "").lower() in file_in_repo
         )
 
-    return next((here for here in registry.models() if is_it(here.source or "")), None)
+    return next((here for here in lookup.models() if is_it(here.source or "")), None)
 
 
 def ensure(model: str | Path, *, progress: Progress | None = None) -> Path:
-    """The file of a model, as `resolve` finds it; a model of the catalog that is not here is pulled first.
+    """The file of a model, as `lookup.resolve` finds it; a model of the catalog that is not here is pulled first.
 
     Raises:
         ModelNotFoundError: it is not here, and not in the catalog.
@@ -103,7 +103,7 @@ def ensure(model: str | Path, *, progress: Progress | None = None) -> Path:
         OptionError: `model` can be neither a path nor a name.
     """
     try:
-        return registry.resolve(model)
+        return lookup.resolve(model)
     except ModelNotFoundError:
         if not isinstance(model, str) or model.lower() not in CATALOG:
             raise

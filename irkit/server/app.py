@@ -19,7 +19,7 @@ from irkit.engine.worker import DEVICE
 from irkit.errors import IrkitError
 from irkit.options import GenerateOptions, LoadOptions, Options, ServeOptions
 from irkit.results import Generation
-from irkit.server import ollama, openai
+from irkit.server import metrics, ollama, openai, tokens
 from irkit.server.captures import Format, bounded, check_room, sent, without_traces
 from irkit.server.errors import fault
 from irkit.server.places import TakesPlace
@@ -48,6 +48,8 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
     """The ASGI application of `irkit serve`; on a loopback address it answers to local names only."""
     serving = options or ServeOptions()
     sessions = Sessions(serving)
+    counts = metrics.Metrics(sessions)
+    sessions.observer = counts.observe
     DEVICE.most = serving.parallel
 
     @asynccontextmanager
@@ -56,7 +58,7 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
         await sessions.close()
 
     app = FastAPIOffline(title="irkit", version=irkit.__version__, lifespan=lifespan, redoc_url=None)
-    app.state.sessions = sessions
+    app.state.sessions, app.state.metrics = sessions, counts
     for kind in (IrkitError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -69,6 +71,7 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
     app.add_middleware(KnownOriginsOnly, origins=origins)
     if is_loopback(serving.host):
         app.add_middleware(LocalHostsOnly)
+    app.add_middleware(metrics.CountsRequests, metrics=counts)
 
     @app.head("/", include_in_schema=False)
     @app.get("/", response_class=PlainTextResponse)
@@ -90,6 +93,8 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
 
     app.include_router(ollama.router(sessions, serving.budget))
     app.include_router(openai.router(sessions, serving.budget))
+    app.include_router(tokens.router(sessions))
+    app.include_router(metrics.router(counts))
     for verb in verbs().values():
         if verb.name not in WITHOUT_ROUTE:
             _add_verb(app, sessions, verb, serving.budget)

@@ -12,8 +12,9 @@ import psutil
 from anyio import CapacityLimiter, to_thread
 
 from irkit import hub
-from irkit.errors import BudgetError, BusyError, ModelNotFoundError
+from irkit.errors import BudgetError, BusyError, ModelNotFoundError, OptionError
 from irkit.hub.registry import clean_name
+from irkit.observing import Asked
 from irkit.options import LoadOptions, ServeOptions, seconds
 from irkit.server.places import Places
 from irkit.session import Session
@@ -67,18 +68,42 @@ class Sessions:
         self._making_room = asyncio.Lock()
         self._waiting = CapacityLimiter(WAITING)
         self._lent: dict[str, Session] = {}
+        self._observed: list[Callable[[], None]] = []
+        self.observer: Callable[[Asked], Any] = lambda asked: None
+        """Told of every answer that a request begins."""
 
     def lend(self, session: Session) -> str:
         """Answer with a session that a program has opened, too; the name that requests give its model."""
         here = hub.find(session.name) if Path(session.name).name == session.name else None
         name = here.name if here else clean_name(session.model.path.stem)
         self._lent[name] = session.pooled()
+        self._observed.append(session.observe(self._tell))
         return name
+
+    def _tell(self, asked: Asked) -> None:
+        if asked.by:  # a session that was lent answers the program, too
+            self.observer(asked)
+
+    def _open(self, key: _Key) -> Session:
+        session = Session(key[0], **dict(key[1])).pooled()
+        session.observe(self._tell)
+        return session
 
     @property
     def lent(self) -> Sequence[str]:
         """The names of the models that programs have opened, and lent."""
         return tuple(self._lent)
+
+    def only(self) -> str:
+        """The model that a request means which names none: the one that is held, or the only one there is.
+
+        Raises:
+            OptionError: there are several, or none.
+        """
+        names = self.held or {manifest.name for manifest in hub.models()}
+        if len(names) != 1:
+            raise OptionError(f'option "model" is missing; there are {", ".join(sorted(names)) or "none yet"}', "model")
+        return names.pop()
 
     async def get(
         self, model: str, options: LoadOptions, *, computes: bool = True, keep_alive: float | None = None
@@ -102,7 +127,7 @@ class Sessions:
         while True:
             task = self._opened.get(key)
             if task is None:
-                opening = to_thread.run_sync(lambda: Session(key[0], **dict(options)).pooled())
+                opening = to_thread.run_sync(self._open, key)
                 task = self._opened[key] = asyncio.create_task(opening)
             try:
                 session = await asyncio.shield(task)  # a client that leaves does not stop what others wait for
@@ -144,9 +169,19 @@ class Sessions:
             if self._opened.get(key) is task:
                 session.model.load()  # whoever comes next sees what it takes
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weights of all models take that are loaded or being loaded."""
+        return self._loaded()
+
+    @property
+    def held(self) -> set[str]:
+        """The names of the models that are open."""
+        return {*self._lent, *(name for name, _ in tuple(self._opened))}
+
     def _loaded(self, *more: Session) -> int:
         """Bytes of the weights that are loaded or being loaded, and of `more`."""
-        opened = [task.result() for task in self._opened.values() if task.done() and not _failed(task)]
+        opened = [task.result() for task in tuple(self._opened.values()) if task.done() and not _failed(task)]
         models = {s.model for s in (*opened, *self._lent.values()) if s.model.loading} | {s.model for s in more}
         return sum(model.nbytes for model in models)
 
@@ -207,6 +242,8 @@ class Sessions:
             ModelNotFoundError: there is no such model.
         """
         if model is None:
+            for end in self._observed:
+                end()
             for lent in self._lent.values():
                 await to_thread.run_sync(lent.close)
         elif model.lower().removesuffix(":latest") in self._lent:

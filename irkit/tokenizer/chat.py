@@ -68,6 +68,11 @@ class ChatTemplate:
         self._template = sandbox.compile_template(source)
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
+    @property
+    def source(self) -> str:
+        """The Jinja source."""
+        return self._source
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

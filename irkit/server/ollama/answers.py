@@ -20,7 +20,6 @@ from irkit.errors import IrkitError, OptionError
 from irkit.options import EmbedOptions
 from irkit.results import Generation
 from irkit.server.captures import bounded, sent
-from irkit.server.choices import logprob_entry
 from irkit.server.ollama.requests import (
     AnswerRequest,
     ChatRequest,
@@ -30,6 +29,7 @@ from irkit.server.ollama.requests import (
     picked,
     refuse,
 )
+from irkit.server.openai.choices import logprob_entry
 from irkit.server.requests import body_of, read
 from irkit.server.sessions import Sessions
 from irkit.server.streams import answer_lines, answer_once

@@ -4,9 +4,10 @@ A choice that is sent whole is its pieces joined, so that both ways say the same
 """
 
 import asyncio
+import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ import irkit
 from irkit.errors import IrkitError
 from irkit.results import Generation, Score, Token
 from irkit.session import Session
+from irkit.tokenizer import AnswerReader, Content, Thinking, ToolCall
+from irkit.tokenizer.answers import Part
 
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length"}
 """OpenAI's words for why an answer ended."""
@@ -116,12 +119,30 @@ class Shown:
         return {"captures": [await asyncio.to_thread(self.captures, token.captures)]}
 
 
-async def chat_pieces(shown: Shown, generation: Generation) -> AsyncIterator[Piece]:
-    """The pieces of a choice of `chat/completions`: the role with the first token, text, and how it ended."""
+async def chat_pieces(
+    shown: Shown, generation: Generation, reader: AnswerReader, *, several: bool = True
+) -> AsyncIterator[Piece]:
+    """The pieces of a choice of `chat/completions`: the role with the first token, what `reader` finds in the text, and
+    how it ended.
+
+    Where there may not be `several` calls of tools, those after the first are left out.
+    """
+    calls = 0
 
     def piece(delta: dict[str, Any], entries: Sequence[Any] = (), finish: str | None = None) -> Piece:
         logprobs = {"content": list(entries), "refusal": None} if entries else None
         return {"index": shown.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+    def deltas(parts: Sequence[Part]) -> Iterator[dict[str, Any]]:
+        nonlocal calls
+        for part in parts:
+            if isinstance(part, Content):
+                yield {"content": part.text}
+            elif isinstance(part, Thinking):
+                yield {"reasoning_content": part.text}
+            elif several or not calls:
+                yield {"tool_calls": [{"index": calls, **_tool_call(part)}]}
+                calls += 1
 
     first = piece({"role": "assistant", "content": ""})
     async for token in generation:
@@ -130,13 +151,22 @@ async def chat_pieces(shown: Shown, generation: Generation) -> AsyncIterator[Pie
             first = None
         entries = [logprob_entry(shown.session, token)] if shown.logprobs else []
         more = await shown.of(token)
-        if token.text or entries or more:
-            yield piece({"content": token.text} if token.text else {}, entries) | more
+        found = [*deltas(reader.push(token.text))]
+        if found or entries or more:
+            yield piece(found[0] if found else {}, entries) | more
+        for delta in found[1:]:
+            yield piece(delta)
     if first:
         yield first
-    if generation.tail:
-        yield piece({"content": generation.tail})
-    yield piece({}, finish=finish_reason(generation))
+    for delta in deltas([*reader.push(generation.tail), *reader.flush()]):
+        yield piece(delta)
+    reason = finish_reason(generation)
+    yield piece({}, finish="tool_calls" if calls and reason == "stop" else reason)
+
+
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 async def text_pieces(
@@ -243,7 +273,12 @@ def joined(pieces: Sequence[Piece]) -> dict[str, Any]:
 
 def _message(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
     said = "".join(delta.get("content", "") for delta in deltas)
-    return {"role": "assistant", "content": said, "refusal": None}
+    thought = "".join(delta.get("reasoning_content", "") for delta in deltas)
+    calls = [
+        {k: v for k, v in call.items() if k != "index"} for delta in deltas for call in delta.get("tool_calls", ())
+    ]
+    message = {"role": "assistant", "content": said or (None if calls else ""), "refusal": None}
+    return message | ({"reasoning_content": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
 
 
 def _lists(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
