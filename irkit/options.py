@@ -7,6 +7,8 @@ inclusive. A field's docstring is its help text.
 
 import difflib
 import inspect
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -37,6 +39,10 @@ Tools = Annotated[
 Think = Annotated[
     bool | None,
     Field(description="Whether to think before the answer, if the model can; if not given, its template says."),
+]
+Template = Annotated[
+    str | None,
+    Field(description="A chat template, in Jinja, to lay the conversation out with instead of the model's own."),
 ]
 System = Annotated[str | None, Field(description="What the model is told before the conversation.")]
 Edits = Annotated[
@@ -101,6 +107,38 @@ Strings = Annotated[
 Numbers = Annotated[tuple[int, ...], BeforeValidator(_as_several), Field(max_length=1 << 16)]
 """Likewise."""
 LogitBias = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-1e4, le=1e4)]]
+
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(rf"([-+]?)((?:\d+\.?\d*|\.\d+)(?:{'|'.join(_UNITS)}))+")
+
+
+def seconds(value: float | str) -> float:
+    """A time to keep something for, in seconds: a number of them, or as Go writes it (`1h30m`); below 0 is for ever.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        found = float(value)
+    except ValueError:
+        text = str(value)
+        if not (written := _DURATION.fullmatch(text)):
+            raise ValueError("must be seconds, or a duration such as 10m or 1h30m") from None
+        parts = re.findall(r"([\d.]+)([a-zµμ]+)", text)
+        found = (-1 if written[1] == "-" else 1) * sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if math.isnan(found):
+        raise ValueError("must be seconds, or a duration such as 10m or 1h30m")
+    return math.inf if found < 0 else found
+
+
+def _is_duration(value: Any) -> Any:
+    seconds(value)
+    return value
+
+
+KeepAlive = Annotated[float | str, AfterValidator(_is_duration)]
+"""How long a model stays in memory unused: see `seconds`."""
 
 
 class Options(BaseModel):
@@ -292,6 +330,8 @@ class ServeOptions(Options):
     """Requests that may wait beyond those; further ones are refused with status 503."""
     memory: int | None = Field(default=None, ge=0, le=1 << 50)
     """The most bytes that the models in memory may take together; if not given, three quarters of this machine's."""
+    keep_alive: Annotated[str, AfterValidator(_is_duration)] = "5m"
+    """How long a model stays in memory unused: seconds, or a duration such as 1h30m; below 0 is for ever."""
     budget: int = Field(default=1 << 28, ge=0, le=1 << 50)
     """The most bytes that what one request traces or captures may take; a request may ask for less."""
 

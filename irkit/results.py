@@ -98,7 +98,9 @@ class Generation:
     cancels it; what was made stays. As the value of a notebook's cell it is shown while it is made.
     """
 
-    def __init__(self, cancel: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, cancel: Callable[[], None] = lambda: None, prompt: Sequence[int] = ()) -> None:
+        self.prompt = tuple(prompt)
+        """The token ids that it answers."""
         self._tokens: list[Token] = []
         self._tail = ""
         self._reason: FinishReason | None = None

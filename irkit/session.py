@@ -32,6 +32,7 @@ from irkit.options import (
     ScoreOptions,
     ServeOptions,
     System,
+    Template,
     Text,
     Texts,
     Think,
@@ -138,6 +139,7 @@ class Session:
         capture: Captures = None,
         edits: Edits = None,
         think: Think = None,
+        template: Template = None,
         **options: Any,
     ) -> Generation:
         """Answer a conversation, laid out by the model's own chat template.
@@ -148,15 +150,16 @@ class Session:
             ContextFullError: the conversation does not fit the context.
             OptionError: an option is unknown or out of bounds, the template refuses the messages, or has no place for
                 tools or thinking.
+            ModelFileError: `template` is none.
         """
         parsed = self._generate_options(options)
         model = self.model
         model.load()  # the template and the tokenizer go on beside it
-        template = self.template
-        conversation = self._conversation(messages, tools, think)
-        ids = template.encode(model.tokenizer, conversation, tools=tools, think=think)
+        layout = self.template if template is None else model.template_of(template)
+        conversation = self._conversation(messages, layout, tools, think)
+        ids = layout.encode(model.tokenizer, conversation, tools=tools, think=think)
         # The plain format that stands in for a missing template ends a turn with words, not with a token.
-        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *template.stop)})
+        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *layout.stop)})
         return self._answer(ids, parsed, capture, edits, conversation)
 
     @python_only
@@ -166,7 +169,8 @@ class Session:
         Raises:
             OptionError: the template refuses the messages, or has no place for tools or thinking.
         """
-        return self.template.render(self._conversation(messages, tools, think), tools=tools, think=think)
+        conversation = self._conversation(messages, self.template, tools, think)
+        return self.template.render(conversation, tools=tools, think=think)
 
     @python_only
     @accepts(GenerateOptions)
@@ -187,10 +191,11 @@ class Session:
         capture: Captures = None,
         edits: Edits = None,
         think: Think = None,
+        template: Template = None,
         **options: Any,
     ) -> Generation:
         """`respond`, to be awaited or iterated with `async for`, as every `Generation` can be."""
-        return self.respond(messages, tools, capture, edits, think, **options)
+        return self.respond(messages, tools, capture, edits, think, template, **options)
 
     @accepts(TokenizeOptions)
     def tokenize(self, text: PlainText, **options: Any) -> list[int]:
@@ -508,15 +513,15 @@ class Session:
                 observer(event)
         return notebook.ends_with_cell(made)
 
-    def _conversation(self, messages: Any, tools: Any, think: bool | None) -> Any:
+    def _conversation(self, messages: Any, layout: "ChatTemplate", tools: Any, think: bool | None) -> Any:
         """The messages, with the system message of the model's name (`irkit create`) where there is no other.
 
         Raises:
             OptionError: the template has no place for tools or thinking.
         """
-        if tools and not self.template.takes_tools:
+        if tools and not layout.takes_tools:
             raise OptionError(f"model '{self.name}' does not support tools", "tools")
-        if think and not self.template.forms.thinking:
+        if think and not layout.forms.thinking:
             raise OptionError(f"model '{self.name}' does not support thinking", "think")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -241,12 +241,16 @@ def test_memory_is_read_as_fast_as_memory_is(threads):
 
 
 def test_a_core_is_busy_while_it_should_be():
-    before = os.times().children_user
+    before = set(psutil.Process().children())
     with busy_core(True):
-        time.sleep(0.5)
-    assert os.times().children_user - before > 0.1
+        (busy,) = set(psutil.Process().children()) - before
+        until = time.monotonic() + 60
+        while busy.cpu_times().user < 0.1:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    assert not busy.is_running()
     with busy_core(False):
-        pass
+        assert set(psutil.Process().children()) == before
 
 
 def test_the_most_memory_is_what_was_held():

@@ -198,7 +198,7 @@ class Model:
         check_logit_bias(options, self.config.d_vocab)
         taps = self._tapping(len(ids), capture, edits, at_end=True)
         cancelled, asked = threading.Event(), time.perf_counter()
-        generation = Generation(cancelled.set)
+        generation = Generation(cancelled.set, ids)
         runtime = self.load()
         form = self._form(options)
         seed = options.seed if options.seed >= 0 else secrets.randbits(63)

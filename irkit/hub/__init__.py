@@ -5,11 +5,12 @@ are found where they lie. `resolve` finds the file of a model, and `ensure` fetc
 """
 
 from irkit.hub.catalog import CATALOG
+from irkit.hub.checked import as_jinja
 from irkit.hub.create import blob, blob_writer, copy, create
 from irkit.hub.download import Progress
 from irkit.hub.lookup import find, manifest, models, names, remove, resolve
 from irkit.hub.modelfile import Modelfile, read_modelfile
-from irkit.hub.pull import ensure, pull
+from irkit.hub.pull import ensure, pull, pulled
 from irkit.hub.registry import Manifest, add, home
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Modelfile",
     "Progress",
     "add",
+    "as_jinja",
     "blob",
     "blob_writer",
     "copy",
@@ -29,6 +31,7 @@ __all__ = [
     "models",
     "names",
     "pull",
+    "pulled",
     "read_modelfile",
     "remove",
     "resolve",

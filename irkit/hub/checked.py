@@ -37,16 +37,24 @@ def checked_template(source: str) -> str | None:
     Raises:
         OptionError: it is no template.
     """
+    found = as_jinja(source)
+    if found is None:
+        warnings.warn("the template, a Go one, cannot be read here; the model file's own is used", stacklevel=3)
+    return found
+
+
+def as_jinja(source: str) -> str | None:
+    """A template in Jinja, or one of Ollama's in Go, as Jinja; None where that has no simple counterpart in it.
+
+    Raises:
+        OptionError: it is no template.
+    """
     from irkit.tokenizer.sandbox import compile_template
 
-    if gotemplate.is_go(source):
-        found = gotemplate.to_jinja(source)
-        if found is None:
-            warnings.warn("the template, a Go one, cannot be read here; the model file's own is used", stacklevel=3)
-            return None
-        source = found
+    found = gotemplate.to_jinja(source) if gotemplate.is_go(source) else source
     try:
-        compile_template(source)
+        if found is not None:
+            compile_template(found)
     except ModelFileError as error:
         raise OptionError(str(error)) from None
-    return source
+    return found

@@ -58,7 +58,7 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
         await sessions.close()
 
     app = FastAPIOffline(title="irkit", version=irkit.__version__, lifespan=lifespan, redoc_url=None)
-    app.state.sessions = sessions
+    app.state.sessions, app.state.metrics = sessions, counts
     for kind in (IrkitError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -77,7 +77,7 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
     @app.get("/", response_class=PlainTextResponse)
     def root() -> str:
         """Say that the server runs."""
-        return "irkit is running"
+        return "Ollama is running"  # the very words that clients look for
 
     @app.get("/api/health")
     def health() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The requests that are being answered: on whose behalf, which sessions they use, and how many there may be."""
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -54,8 +54,10 @@ PLACE: ContextVar[Place | None] = ContextVar("place", default=None)
 class Places:
     """The requests in flight, of which `most` may compute or wait."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, left: Callable[[Hashable], None] = lambda session: None) -> None:
+        """`left` is told of each session that a request has used, when it has ended."""
         self._most = most
+        self._left = left
         self._taken: set[Place] = set()
         self._ended = asyncio.Event()
 
@@ -93,6 +95,8 @@ class Places:
     def leave(self, place: Place) -> None:
         """A request has ended."""
         self._taken.discard(place)
+        for session in place.uses:
+            self._left(session)
         self._ended.set()
         self._ended = asyncio.Event()
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +15,7 @@ from irkit import hub
 from irkit.errors import BudgetError, BusyError, ModelNotFoundError, OptionError
 from irkit.hub.registry import clean_name
 from irkit.observing import Asked
-from irkit.options import LoadOptions, ServeOptions
+from irkit.options import LoadOptions, ServeOptions, seconds
 from irkit.server.places import Places
 from irkit.session import Session
 from irkit.trace import size
@@ -29,16 +31,38 @@ PATIENCE = 60.0
 """Seconds that a model waits for room in memory while others compute."""
 
 
+@dataclass
+class _Stay:
+    """How long a session stays open when nobody uses it: for `seconds`, which end when `timer` does."""
+
+    seconds: float
+    timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A session whose model is in memory; `expires` says in how many seconds it is let go of, if nobody uses it."""
+
+    name: str
+    session: Session
+    expires: float
+    lent: bool = False
+    """Whether a program has lent it."""
+
+
 class Sessions:
     """Opens each session once, however many requests ask for it at the same time.
 
-    Where the weights of all would take more memory than they may, those that were not used for the longest time are
-    let go of; never one that a request is using.
+    One that nobody has used for as long as was asked is let go of. Where the weights of all would take more memory
+    than they may, those that were not used for the longest time are; never one that a request is using.
     """
 
     def __init__(self, options: ServeOptions | None = None) -> None:
         serving = options or ServeOptions()
-        self.places = Places(serving.parallel + serving.max_queue)
+        self.places = Places(serving.parallel + serving.max_queue, self._left)
+        self._keep_alive = seconds(serving.keep_alive)
+        self._stays: dict[_Key, _Stay] = {}
+        self._letting_go: set[asyncio.Task[None]] = set()
         self._memory = psutil.virtual_memory().total * 3 // 4 if serving.memory is None else serving.memory
         self._opened: dict[_Key, asyncio.Task[Session]] = {}
         self._making_room = asyncio.Lock()
@@ -81,9 +105,11 @@ class Sessions:
             raise OptionError(f'option "model" is missing; there are {", ".join(sorted(names)) or "none yet"}', "model")
         return names.pop()
 
-    async def get(self, model: str, options: LoadOptions, *, computes: bool = True) -> Session:
+    async def get(
+        self, model: str, options: LoadOptions, *, computes: bool = True, keep_alive: float | None = None
+    ) -> Session:
         """The session of a model that is `known`, for the request of this context; where it `computes`, with room in
-        memory for the weights.
+        memory for the weights. When that has ended, it stays open for `keep_alive` seconds.
 
         Raises:
             ModelNotFoundError: there is no such model.
@@ -112,6 +138,7 @@ class Sessions:
                 await self._make_room(key, task)
             if self._opened.get(key) is task:  # nobody let go of it meanwhile
                 self.places.use(key)
+                self._stay(key, self._keep_alive if keep_alive is None else keep_alive)
                 self._opened[key] = self._opened.pop(key)  # those used last come last
                 return session
 
@@ -162,8 +189,44 @@ class Sessions:
         """The sessions that no request uses, those that were not used for the longest time first."""
         return [key for key, task in self._opened.items() if task.done() and not self.places.used(key)]
 
+    def running(self) -> list[Running]:
+        """The models in memory, and those that programs have lent."""
+        now, found = (
+            asyncio.get_running_loop().time(),
+            [Running(name, s, math.inf, True) for name, s in self._lent.items()],
+        )
+        for key, task in self._opened.items():
+            if task.done() and not _failed(task) and task.result().model.loading:
+                stay = self._stays.get(key, _Stay(self._keep_alive))
+                found.append(Running(key[0], task.result(), stay.timer.when() - now if stay.timer else stay.seconds))
+        return found
+
+    def _stay(self, key: _Key, keep_alive: float) -> None:
+        """The session of `key` is used; how long it stays open then."""
+        if (before := self._stays.get(key)) and before.timer:
+            before.timer.cancel()
+        self._stays[key] = _Stay(keep_alive)
+
+    def _left(self, key: Any) -> None:
+        """A request that used the session of `key` has ended."""
+        stay = self._stays.get(key)
+        if stay is None or self.places.used(key):
+            return
+        if stay.timer:
+            stay.timer.cancel()
+        if stay.seconds < math.inf:
+            stay.timer = asyncio.get_running_loop().call_later(stay.seconds, self._expire, key)
+
+    def _expire(self, key: _Key) -> None:
+        if key in self._opened and not self.places.used(key):
+            letting_go = asyncio.create_task(self._let_go(key))
+            self._letting_go.add(letting_go)
+            letting_go.add_done_callback(self._letting_go.discard)
+
     async def _let_go(self, key: _Key) -> None:
         task = self._opened.pop(key)
+        if (stay := self._stays.pop(key, None)) and stay.timer:
+            stay.timer.cancel()
         if task.done() and not _failed(task):
             await to_thread.run_sync(task.result().close)
             await to_thread.run_sync(gc.collect)  # what is compiled and its arrays hold each other
@@ -185,13 +248,16 @@ class Sessions:
                 await to_thread.run_sync(lent.close)
         elif model.lower().removesuffix(":latest") in self._lent:
             return  # it is not the server's to close
-        name = model and await to_thread.run_sync(known, model)
+        await self.forget(model and await to_thread.run_sync(known, model))
+
+    async def forget(self, name: str | None) -> None:
+        """Closes the sessions of a registered name, which means another model now, or none; or all of them."""
         for key in [key for key in self._opened if name in (None, key[0])]:
             await self._let_go(key)
 
 
 def known(model: str) -> str:
-    """The name that `model` is registered under, or stands under in the catalog.
+    """The name that `model` is registered under, or was pulled as, or stands under in the catalog.
 
     A path is neither: whoever can reach the server shall not open any file of its machine. Ollama's clients
     may add the tag "latest", which is left out unless the name was registered with it.
@@ -201,6 +267,8 @@ def known(model: str) -> str:
         OptionError: `model` cannot be a model's name.
     """
     short = model.lower().removesuffix(":latest")
+    if found := hub.pulled(model):
+        return found.name
     for name in (short, f"{short}:latest"):
         if hub.find(name):
             return name

@@ -141,12 +141,17 @@ class ChatTemplate:
 
     @cached_property
     def takes_tools(self) -> bool:
-        """Whether tools get into the text; whether calls of them can be told from the answer, `forms` says."""
+        """Whether tools get into the text."""
         tool: Json = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": _NO_PARAMETERS}}
         try:
             return _PROBE in self._run([_QUESTION, [tool]], True, datetime.now())
         except (OptionError, ModelFileError):
             return False
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether, besides, calls of them can be told from the answer."""
+        return bool(self.forms.calls) and self.takes_tools
 
     def reader(self, tools: Sequence[Mapping[str, Any]] | None = None, think: bool | None = None) -> AnswerReader:
         """What tells the parts of an answer apart, whose prompt has been made with these `tools` and `think`."""

@@ -92,6 +92,24 @@ class Tokenizer:
         """The source of the chat template in the file, if it has one."""
         return self._vocabulary.chat_template
 
+    @property
+    def fills_in(self) -> bool:
+        """Whether there are tokens to ask with for what belongs between two texts."""
+        return self._vocabulary.fill_in_middle is not None
+
+    def encode_around(self, before: str, after: str) -> list[int]:
+        """The ids of a prompt for what belongs between two texts: each behind its token, and that of the gap last.
+
+        Raises:
+            OptionError: If the vocabulary has no tokens for it, or a text cannot be encoded.
+        """
+        if self._vocabulary.fill_in_middle is None:
+            raise OptionError("the vocabulary has no tokens for filling in the middle")
+        prefix, suffix, middle = self._vocabulary.fill_in_middle
+        start = [self.bos_id] if self.add_bos and self.bos_id is not None else []
+        texts = (self.encode(text, add_special=False) for text in (before, after))
+        return [*start, prefix, *next(texts), suffix, *next(texts), middle]
+
     def is_control(self, id: int) -> bool:
         """Whether a token is a control (or the unknown) token, which text alone never becomes.
 

@@ -20,8 +20,8 @@ from irkit.errors import ModelNotFoundError, OptionError
 from irkit.options import EmbedOptions, Options
 from irkit.results import Generation, Score
 from irkit.server.captures import bounded, sent
-from irkit.server.choices import Begun, Reply, Shown, chat_pieces, text_pieces
-from irkit.server.openai_requests import (
+from irkit.server.openai.choices import Begun, Reply, Shown, chat_pieces, text_pieces
+from irkit.server.openai.requests import (
     AnswerRequest,
     ChatRequest,
     CompletionRequest,
@@ -65,30 +65,37 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         _refuse(asked, "audio", "functions", "function_call", "web_search_options")
         messages = [message_of(given, f"messages[{index}]") for index, given in enumerate(asked.messages)]
         session = await sessions.get(asked.model, asked.load)
+        template = await to_thread.run_sync(lambda: session.template)
         tools, think = asked.offered, asked.thinks
-        if think is None and "format" in asked.options and session.template.forms.thinking:
+        if think is None and "format" in asked.options and template.forms.thinking:
             think = False  # the answer is of that form from its first token on
+
+        def reader() -> AnswerReader:
+            if asked.forced and tools:
+                return AnswerReader(Forms(calls=("{",)), [function_of(tool)["name"] for tool in tools])
+            return template.reader(tools, think)
+
         begun = await begin(request, asked, [partial(session.respond, messages, tools, think=think)])
         pieces = []
         for index, answer in enumerate(begun[0].generations):
-            reader = session.template.reader(tools, think)
-            if asked.forced and tools:
-                reader = AnswerReader(Forms(calls=("{",)), [function_of(tool)["name"] for tool in tools])
-            shown = _shown(asked, session, index, asked.logprobs)
-            pieces.append(chat_pieces(shown, answer, reader, several=asked.parallel_tool_calls))
+            shown, read_by = _shown(asked, session, index, asked.logprobs), await to_thread.run_sync(reader)
+            pieces.append(chat_pieces(shown, answer, read_by, several=asked.parallel_tool_calls))
         return await reply(request, asked, Reply(asked.model, "chat.completion", begun, pieces, _counts(asked)))
 
     @routes.post("/completions", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continue a text, or several."""
         asked = await read(request, CompletionRequest)
-        _refuse(asked, "suffix")
         if asked.best_of not in (None, asked.n):
             raise OptionError('"best_of" is not supported: ask for n answers, with logprobs, and choose', "best_of")
         prompts = asked.prompts
         session = await sessions.get(asked.model, asked.load)
+        if asked.suffix:
+            prompts = await to_thread.run_sync(lambda: [_around(session, prompt, asked) for prompt in prompts])
         scores: list[Score | None] = [None] * len(prompts)
         if asked.echo and asked.logprobs is not None:
+            if asked.edits:
+                raise OptionError('"edits" do not go into the log-probabilities of a prompt: leave out "echo"', "edits")
             score = partial(session.score, top_logprobs=asked.logprobs)
             scores = [await sessions.compute(partial(score, prompt)) for prompt in prompts]
         # To give the log-probabilities of a text, no answer needs to be begun.
@@ -153,6 +160,16 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         return JSONResponse({"object": "list", "data": data, "model": asked.model, "usage": usage})
 
     return routes
+
+
+def _around(session: Session, prompt: str | Sequence[int], asked: CompletionRequest) -> list[int]:
+    """The prompt for what belongs between `prompt` and the suffix."""
+    tokenizer = session.model.tokenizer
+    if not tokenizer.fills_in:
+        raise OptionError(f"model '{asked.model}' does not support filling in before a suffix", "suffix")
+    if asked.echo or not isinstance(prompt, str):
+        raise OptionError('"suffix" goes with a prompt that is text, and without "echo"', "suffix")
+    return tokenizer.encode_around(prompt, asked.suffix)
 
 
 def _base64(vector: np.ndarray) -> str:

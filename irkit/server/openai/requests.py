@@ -151,8 +151,8 @@ class CompletionRequest(AnswerRequest):
     """Report the log-probability of each token, and of that many of the likeliest in its place."""
     best_of: int | None = None
     """Not supported, where it is more than `n`."""
-    suffix: Any = None
-    """Not supported."""
+    suffix: str = ""
+    """What comes after the gap that is to be filled, if the model can do that."""
 
     @property
     def options(self) -> dict[str, Any]:
