@@ -101,6 +101,7 @@ def write_sayings(path: Path, sayings: Mapping[str, Sequence[str]], control: Seq
     for start, said in sayings.items():
         for token, following in zip([start, *said], [*said, end], strict=True):
             output[tokens.index(following)] += 20 * embedding[tokens.index(token)]
+    raw: dict[str, tuple[str, np.ndarray]]
     raw = {"token_embd.weight": ("F32", embedding), "output.weight": ("F32", output)}
     for layer in range(2):
         raw[f"blk.{layer}.attn_output.weight"] = ("F32", np.zeros((size, 64), np.float32))

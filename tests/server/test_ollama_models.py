@@ -228,7 +228,7 @@ def address(tiny_path, tmp_path, monkeypatch) -> Iterator[str]:
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 

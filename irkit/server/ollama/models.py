@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 import irkit
 from irkit import gguf, hub
+from irkit.engine import backends
 from irkit.errors import ModelNotFoundError, OptionError
 from irkit.hub.registry import describe
 from irkit.server.ollama.jobs import Job
@@ -207,7 +208,7 @@ def _process(running: Running) -> dict[str, Any]:
     expires = datetime.now(UTC) + timedelta(seconds=min(max(running.expires, 0.0), _FOR_EVER))
     found = _tag(_lent(running)) | {
         "size": size,
-        "size_vram": 0 if session.info().backend.startswith("cpu") else size,
+        "size_vram": 0 if backends.select(session.model.backend, session.model.threads).name == "cpu" else size,
         "context_length": session.cache.n_ctx,
         "expires_at": expires.isoformat(),
     }
