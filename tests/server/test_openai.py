@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,17 @@ def test_completions_stream_what_they_say_whole(client):
         tokens = [token for piece in pieces if piece["logprobs"] for token in piece["logprobs"]["tokens"]]
         assert tokens == choice["logprobs"]["tokens"]
         assert [piece["finish_reason"] for piece in pieces][-2:] == [None, "length"]
+
+
+def test_a_suffix_is_what_comes_after_the_gap(api, session, monkeypatch):
+    tokenizer = session.model.tokenizer  # the server's too: the model is opened once
+    monkeypatch.setattr(tokenizer, "_vocabulary", replace(tokenizer._vocabulary, fill_in_middle=(3, 4, 5)))
+    around = api.completions.create(**TEXT, suffix="five")
+    ids = tokenizer.encode_around(TEXT["prompt"], "five")
+    assert around.choices[0].text == session.generate(ids, num_predict=6, temperature=0).text
+    assert around.usage.prompt_tokens == len(ids)
+    with pytest.raises(openai.BadRequestError, match='without "echo"'):
+        api.completions.create(**TEXT, suffix="five", echo=True)
 
 
 def test_without_max_tokens_a_completion_ends_where_openais_does(api):
