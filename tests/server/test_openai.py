@@ -10,13 +10,17 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 import irkit
 from irkit import hub
 from irkit.engine import Model
-from irkit.errors import ContextFullError
+from irkit.errors import BusyError, ContextFullError
+from irkit.options import ServeOptions
 from irkit.results import Generation, Token
+from irkit.server import create_app
+from irkit.server.places import Places
 from irkit.tokenizer import from_gguf
 
 CHAT: dict[str, Any] = {
@@ -382,6 +386,20 @@ def test_errors_beside_the_routes_have_the_same_shape(client, method, path, stat
     reply = client.request(method, path)
     assert reply.status_code == status
     assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_errors_of_others_have_the_same_shape(client, monkeypatch):
+    locked = TestClient(create_app(ServeOptions(api_key="secret")), base_url="http://localhost")
+    refused = locked.get("/v1/models")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert locked.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+    def full(self):
+        raise BusyError("the server is busy")
+
+    monkeypatch.setattr(Places, "admit", full)
+    busy = client.post("/v1/chat/completions", json=CHAT)
+    assert (busy.status_code, busy.json()["error"]["type"]) == (503, "server_error")
 
 
 def test_a_full_context_has_openais_code(client):
