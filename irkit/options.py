@@ -132,12 +132,12 @@ def seconds(value: float | str) -> float:
     return math.inf if found < 0 else found
 
 
-def _is_duration(value: str) -> str:
+def _is_duration(value: Any) -> Any:
     seconds(value)
     return value
 
 
-KeepAlive = Annotated[float | str, Field(allow_inf_nan=False), AfterValidator(_is_duration)]
+KeepAlive = Annotated[float | str, AfterValidator(_is_duration)]
 """How long a model stays in memory unused: see `seconds`."""
 
 

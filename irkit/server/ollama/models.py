@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 import irkit
 from irkit import gguf, hub
+from irkit.engine import backends
 from irkit.errors import ModelNotFoundError, OptionError
 from irkit.hub.registry import describe
 from irkit.server.ollama.jobs import Job
@@ -98,7 +99,6 @@ def router(sessions: Sessions) -> APIRouter:
 
         def work(job: Job) -> Sequence[str]:
             source, own = _source(asked)
-            job.say("reading model metadata")
             hub.create(name, source, **own)
             job.say("writing manifest")
             return [name]
@@ -208,7 +208,7 @@ def _process(running: Running) -> dict[str, Any]:
     expires = datetime.now(UTC) + timedelta(seconds=min(max(running.expires, 0.0), _FOR_EVER))
     found = _tag(_lent(running)) | {
         "size": size,
-        "size_vram": 0 if session.info().backend.startswith("cpu") else size,
+        "size_vram": 0 if backends.select(session.model.backend, session.model.threads).name == "cpu" else size,
         "context_length": session.cache.n_ctx,
         "expires_at": expires.isoformat(),
     }
