@@ -16,6 +16,7 @@ from irkit.engine.cache import AHEAD
 from irkit.engine.runtime import chunk
 from irkit.engine.stopping import StopStrings
 from irkit.engine.worker import DEVICE, Steps
+from irkit.errors import IrkitError
 from irkit.results import Alternative, FinishReason, Generation, Score, Stats, Token
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from irkit.engine.runtime import Runtime
     from irkit.engine.structured import Form
     from irkit.engine.tapping import Tapping
-    from irkit.options import GenerateOptions
+    from irkit.options import GenerateOptions, SamplingOptions
     from irkit.tokenizer import Tokenizer
     from irkit.transformer.cache import KVCache
     from irkit.transformer.sampling import Sampled, Settings
@@ -48,22 +49,29 @@ def generate(
     show: Shower,
     form: Form | None,
     goes_on: bool = False,
+    sampling: Callable[[], SamplingOptions] | None = None,
 ) -> Steps:
     """Make the answer to `ids`, token by token, into `generation`: the steps of it.
 
     `asked` is when it was asked for, on `time.perf_counter`'s clock; whether it is `stopped` is looked at between
     steps, and between the chunks of a long prompt. `tapping` edits every pass, and captures from those that make a
     token; `show` turns what was captured into what the token carries. `form` says which tokens may come. With
-    `goes_on`, what `cache` holds begins `ids`, and is kept whatever edits went into it.
+    `goes_on`, what `cache` holds begins `ids`, and is kept whatever edits went into it. `sampling` tells how the next
+    token is to be drawn; if not given, as `options` say.
     """
     ready = first = last = time.perf_counter()
-    settings = runtime.settings(options, seed)
+    sampling = sampling or (lambda: options)
+    how = sampling()
+    settings = runtime.settings(how, seed)
     keep = cache.go_on if goes_on else cache.keep_prefix_of
     cached = keep(ids, tapping.provenance)
     writer = Writer(tokenizer, options, room=cache.n_ctx - len(ids))
     new = ids[cached:]
     top = options.top_logprobs > 0
     while not writer.reason:
+        if sampling() is not how:
+            how = sampling()
+            settings = runtime.settings(how, seed)
         length = len(cache.ids) + len(new)
         if not tapping:
             runtime.prepare(cache.capacity(length), cache.capacity(length + AHEAD), top)
@@ -139,7 +147,7 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, options: GenerateOptions, room: int) -> None:
         """`room` is how many tokens the context has left."""
-        self._stream = tokenizer.stream(at_start=False)
+        self._stream = tokenizer.stream(at_start=False, markers=True)
         self._eog_ids = tokenizer.eog_ids
         self._stops = StopStrings(options.stop)
         self._limit = options.num_predict if options.num_predict >= 0 else math.inf
@@ -194,10 +202,22 @@ def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple
         done += len(part)
 
 
-def score(runtime: Runtime, tokenizer: Tokenizer, cache: Cache, ids: list[int], top: int, tapping: Tapping) -> Score:
-    """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
+def score(
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    cache: Cache,
+    ids: list[int],
+    top: int,
+    tapping: Tapping,
+    stopped: Callable[[], bool],
+) -> Generator[None, None, Score]:
+    """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place.
+
+    Others have their turn between two chunks, behind which it ends if `stopped()`, as in `embed`.
+    """
     tokens = [Token(ids[0], tokenizer.token(ids[0]), None)]
     for arrays, part in chunks(runtime, cache, ids[:-1]):
+        yield from _turn(stopped)
         start = len(cache.ids)
         targets = ids[start + 1 : start + 1 + len(part)]
         cache.arrays, *found = runtime.score(arrays, part, start, targets, tapping)
@@ -208,15 +228,29 @@ def score(runtime: Runtime, tokenizer: Tokenizer, cache: Cache, ids: list[int], 
     return Score(tuple(tokens))
 
 
-def embed(runtime: Runtime, cache: Cache, ids: list[int], pooling: str, tapping: Tapping) -> np.ndarray:
+def embed(
+    runtime: Runtime, cache: Cache, ids: list[int], pooling: str, tapping: Tapping, stopped: Callable[[], bool]
+) -> Generator[None, None, np.ndarray]:
     """The mean over `ids`, or the last, of the final normed hidden states: float32 `[d_model]`."""
     total = np.zeros(runtime.config.d_model, np.float32)
     last = total
     for arrays, part in chunks(runtime, cache, ids):
+        yield from _turn(stopped)
         cache.arrays, subtotal, last = runtime.pool(arrays, part, len(cache.ids), tapping)
         total = total + np.asarray(subtotal[0])
         last = np.asarray(last[0])
     return last if pooling == "last" else total / len(ids)
+
+
+def _turn(stopped: Callable[[], bool]) -> Generator[None, None, None]:
+    """Let others go on.
+
+    Raises:
+        IrkitError: nobody waits any more.
+    """
+    yield None
+    if stopped():
+        raise IrkitError("it was cancelled")
 
 
 def alternatives(tokenizer: Tokenizer, ids: Any, logprobs: Any, top: int) -> tuple[Alternative, ...]:

@@ -21,6 +21,7 @@ from irkit.engine.cache import Cache, Pool
 from irkit.engine.worker import DEVICE, Steps
 from irkit.errors import ContextFullError, ModelFileError, OptionError
 from irkit.garbage import uncollected
+from irkit.observing import ASKED_BY
 from irkit.options import (
     Backend,
     CacheType,
@@ -28,8 +29,10 @@ from irkit.options import (
     GenerateOptions,
     LoadOptions,
     Precision,
+    SamplingOptions,
     TraceOptions,
     check_logit_bias,
+    parse,
 )
 from irkit.results import Generation, Info, Score
 
@@ -95,6 +98,27 @@ class Model:
         self._vocabulary: LLTokenizer | None = None
         self._indexing = threading.Lock()
         self._pool = Pool()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its weights take; an estimate, until they are loaded."""
+        if (runtime := self.loaded) is not None:
+            return runtime.nbytes
+        tensors = self.file.tensors.values()
+        packed = self.precision == "fast"
+        return sum(tensor.nbytes if packed else 4 * math.prod(tensor.shape) for tensor in tensors)
+
+    @property
+    def loading(self) -> bool:
+        """Whether its weights are loaded, or being loaded."""
+        runtime = self._runtime
+        return runtime is not None and not (runtime.done() and runtime.exception())
+
+    @property
+    def loaded(self) -> Runtime | None:
+        """What computes with the weights; None before they are in their place."""
+        runtime = self._runtime
+        return runtime.result() if runtime and runtime.done() and not runtime.exception() else None
 
     @cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
@@ -176,7 +200,16 @@ class Model:
         check_logit_bias(options, self.config.d_vocab)
         taps = self._tapping(len(ids), capture, edits, at_end=True)
         cancelled, asked = threading.Event(), time.perf_counter()
-        generation = Generation(cancelled.set)
+        sampling: SamplingOptions = options
+
+        def change(given: dict[str, Any]) -> None:
+            nonlocal sampling
+            old = {name: getattr(sampling, name) for name in SamplingOptions.model_fields}
+            new = parse(SamplingOptions, old | given)
+            check_logit_bias(new, self.config.d_vocab)
+            sampling = new
+
+        generation = Generation(cancelled.set, ids, change)
         runtime = self.load()
         form = self._form(options)
         seed = options.seed if options.seed >= 0 else secrets.randbits(63)
@@ -195,7 +228,7 @@ class Model:
                     kept.clear()  # or the arrays would be shared, and copied
                 show = shower(self, taps, list(ids), mine, capture)
                 words = self.tokenizer, mine, list(ids), options, seed, generation, stopped, asked, taps, show, form
-                yield from generate(runtime.result(), *words, goes_on=kept is not None)
+                yield from generate(runtime.result(), *words, goes_on=kept is not None, sampling=lambda: sampling)
                 mine.leave_batch()
             except BaseException as error:
                 mine.clear()  # what a failed step leaves in it is not to be trusted
@@ -267,18 +300,29 @@ class Model:
 
         return DEVICE.submit(job).result()
 
-    def score(self, ids: Sequence[int], top: int, n_ctx: int, edits: Sequence[Edit] = ()) -> Score:
-        """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
+    def score(
+        self, ids: Sequence[int], top: int, n_ctx: int, edits: Sequence[Edit] = (), pooled: bool = False
+    ) -> Score:
+        """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place.
+
+        Where it is `pooled`, an answer to the same text need not read it again.
+        """
         _check_fits(len(ids), n_ctx)
         taps = self._tapping(len(ids), None, edits)
-        runtime = self.load()
+        runtime, left = self.load(), ASKED_BY.get().left
 
-        def job() -> Score:
+        def steps() -> Steps:
             from irkit.engine.generate import score
 
-            return score(runtime.result(), self.tokenizer, Cache(n_ctx), list(ids), top, taps)
+            cache = Cache(n_ctx)
+            cache.provenance = taps.provenance
+            words = self.tokenizer, cache, list(ids), top, taps, left.is_set
+            found = yield from score(runtime.result(), *words)
+            if pooled:
+                self._pool.put(cache)
+            return found
 
-        return DEVICE.submit(job).result()
+        return DEVICE.answer(steps, left).result()
 
     def embed(
         self,
@@ -291,18 +335,19 @@ class Model:
         """One float32 vector a text, `[text, d_model]`."""
         for ids in texts:
             _check_fits(len(ids), n_ctx)
-        runtime = self.load()
+        runtime, left = self.load(), ASKED_BY.get().left
 
-        def job() -> np.ndarray:
+        def steps() -> Steps:
             from irkit.engine.generate import embed
 
             vectors = []
             for ids in texts:
                 taps = self._tapping(len(ids), None, edits)
-                vectors.append(embed(runtime.result(), Cache(n_ctx), list(ids), pooling, taps))
+                words = Cache(n_ctx), list(ids), pooling, taps, left.is_set
+                vectors.append((yield from embed(runtime.result(), *words)))
             return np.stack(vectors)
 
-        vectors = DEVICE.submit(job).result() if texts else np.zeros((0, self.config.d_model), np.float32)
+        vectors = DEVICE.answer(steps, left).result() if texts else np.zeros((0, self.config.d_model), np.float32)
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
         return vectors
