@@ -17,8 +17,11 @@ _LABELS = {
     "of_bandwidth": "of memory bandwidth, at {}",
     "peak_memory": "peak memory",
     "serve": "serving {} at once",
+    "serve_gain": "{} at once / one",
     "serve_first_token": "first token while {} are read",
+    "serve_chunks": "the same, in chunks' time",
     "serve_long": "those {}, to their end",
+    "serve_cost": "cost of streaming over HTTP",
 }
 
 
@@ -42,13 +45,15 @@ def as_table(report: Report) -> "Table":
         table.add_column(f"irkit / {peer}", justify="right")
     for measure in report.measures:
         values = [_shown(measure, measure.median(engine)) for engine in report.engines]
-        ratios = [f"{measure.ratio(peer):.2f}" for peer in peers]
+        ratios = ["" if measure.name == "serve_cost" else f"{measure.ratio(peer):.2f}" for peer in peers]
         table.add_row(_LABELS[measure.name].format(measure.tokens), *values, *ratios)
     return table
 
 
 def _shown(measure: Measure, value: float) -> str:
-    if measure.name == "of_bandwidth":
+    if measure.name in ("serve_gain", "serve_chunks"):
+        return f"{value:.2f}"
+    if measure.name in ("of_bandwidth", "serve_cost"):
         return f"{value:.0%}"
     if measure.name == "peak_memory":
         return f"{value / 1e6:,.0f} MB"
