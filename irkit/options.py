@@ -356,6 +356,8 @@ class BenchOptions(LoadOptions):
     """Keep one core busy with another process meanwhile."""
     serve: bool = False
     """Measure the servers too: one client, eight at once, and a short prompt while a long one is read."""
+    json_format: bool = False
+    """Measure too how fast irkit decodes what a JSON schema restricts, and what finding each token's rivals takes."""
 
 
 _Model = TypeVar("_Model", bound=Options)

@@ -66,8 +66,9 @@ def convert(parameter: Parameter, given: Any) -> Any:
             raise OptionError(f"{name} must be KEY=VALUE, got {' '.join(words)!r}")
         value = dict(word.split("=", 1) for word in words)
     elif shape == "json" or _is_object(parameter.annotation, words):
+        content = _content(words[0], name)
         try:
-            value = from_json(_content(words[0], name), allow_inf_nan=False)
+            value = from_json(content, allow_inf_nan=False)
         except ValueError as error:
             raise OptionError(f"{name} must be JSON: {error}") from None
     return check(parameter.annotation, name, value)
@@ -136,8 +137,10 @@ def _content(word: str, name: str) -> str:
         return word
     try:
         return Path(word[1:]).expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{name}: {word[1:]} cannot be read: {error}") from None
+    except OSError as error:
+        raise OptionError(f"{name}: {word[1:]} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise OptionError(f"{name}: {word[1:]} is not UTF-8 text") from None
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:

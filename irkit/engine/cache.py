@@ -144,8 +144,8 @@ class Pool:
     def take(self, ids: Sequence[int], provenance: str | None, n_ctx: int) -> Cache:
         """A cache for an answer to `ids`: of the idle ones that begin most like it, or an empty one.
 
-        One that goes on beyond what they have in common stays, and is forked; so is one that holds all of `ids`, which
-        may be asked again.
+        One that goes on beyond what they have in common stays, and is forked; so is one that leaves nothing of `ids` to
+        read but the last, as the same may be asked again.
         """
         best, most = None, 0
         for cache in self._idle:
@@ -154,7 +154,7 @@ class Pool:
                 best, most = cache, same
         if best is None:
             return Cache(n_ctx)
-        if most < len(best.ids) or most == len(ids):
+        if most < len(best.ids) or most >= len(ids) - 1:
             best = best.fork()
         else:
             self._idle.remove(best)

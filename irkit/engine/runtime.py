@@ -88,7 +88,7 @@ class Runtime:
         self.chunks = FEW_CHUNKS if self.packed else CHUNKS
         # An example for compiling: made once, since every step asks for its program.
         self._any_settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)
-        self._any_token: dict[int, jax.Array] = {}
+        self._any_token: dict[tuple[int, Device], jax.Array] = {}
         self._programs: dict[tuple[Any, ...], Future[Program]] = {}
         self._shapes_traced: dict[tuple[Any, ...], Any] = {}
         self._tapped: list[tuple[Any, ...]] = []
@@ -151,13 +151,13 @@ class Runtime:
         return self.layout.agreed(made) if self.layout else jax.device_put(made, self._drawer)
 
     def _allowed(self, allowed: np.ndarray | None, rows: int = 1) -> np.ndarray | jax.Array:
-        """Which tokens may be drawn, all where it is None: those bits are put on the device that draws but once."""
+        """Which tokens may be drawn, any where it is None: those bits are put on the device that draws but once."""
         if allowed is not None:
             return allowed
-        if rows not in self._any_token:
-            bits = sampling.everything(rows, self.config.d_vocab)
-            self._any_token[rows] = sharding.put(bits, self.layout.whole if self.layout else self._drawer)
-        return self._any_token[rows]
+        key = rows, self.layout.whole if self.layout else self._drawer
+        if key not in self._any_token:
+            self._any_token[key] = sharding.put(sampling.everything(rows, self.config.d_vocab), key[1])
+        return self._any_token[key]
 
     def empty(self, capacity: int, rows: int = 1) -> KVCache:
         """A cache with room for `capacity` tokens in each row."""

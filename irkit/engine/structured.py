@@ -7,11 +7,14 @@ that the rest of the grammar can begin with.
 from __future__ import annotations
 
 import json
+import threading
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from irkit.engine.worker import start_deep
 from irkit.errors import OptionError
 
 if TYPE_CHECKING:
@@ -21,8 +24,8 @@ if TYPE_CHECKING:
 
     from irkit.tokenizer import Tokenizer
 
-MOST_BYTES = 1 << 18
-"""Of a schema, as JSON."""
+MOST_BYTES = 1 << 16
+"""Of a schema, as JSON: of one that is nothing but properties, llguidance takes half a second."""
 # A schema that takes more is refused, at once or when an answer gets there. The fuel of a step is about 15 ms.
 _LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
@@ -30,7 +33,7 @@ _LIMITS: dict[str, Any] = {
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
     "max_lexer_states": 50_000,
-    "max_grammar_size": 500_000,
+    "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
 # Between the parts of an object: nothing, a space, or a line break and an indentation. The standard allows any white
@@ -48,11 +51,12 @@ def grammar(format: str | Mapping[str, Any]) -> str:
 
     try:
         schema = json.dumps({"type": "object"} if format == "json" else format, allow_nan=False)
+        made = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
     except (TypeError, ValueError, RecursionError) as error:
-        raise OptionError(f"option format: no JSON schema: {_line(str(error))}") from None
+        raise OptionError(f"option format: {_line(str(error))}") from None
     if len(schema) > MOST_BYTES:
         raise OptionError(f"option format: the schema has {len(schema)} bytes; up to {MOST_BYTES} are read")
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    return made
 
 
 class _Tokens:
@@ -89,10 +93,18 @@ class Form:
         """
         from llguidance import LLMatcher, LLParserLimits
 
-        self._matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+        limits, made = LLParserLimits(**_LIMITS), Future[LLMatcher]()
+
+        def make() -> None:
+            matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+            matcher.compute_bitmask()  # some of what is wrong with a schema shows only when it is begun with
+            made.set_result(matcher)
+
+        start_deep(threading.Thread(target=make))  # it calls itself for each level of a schema, of which 128 are read
+        self._matcher = made.result()
         self._words = -(-vocabulary.vocab_size // 32)
         self.seconds = 0.0
-        """What all of this has taken."""
+        """What finding the tokens has taken."""
         self._check()
 
     def allowed(self) -> np.ndarray:
@@ -113,9 +125,11 @@ class Form:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise OptionError(f"option format: {_line(self._matcher.get_error())}")
+            reason = _line(self._matcher.get_error())
+            # Of a schema that refers to nothing but itself, only the reason is named why there is no text of it.
+            raise OptionError(f"option format: {'nothing fits it' if reason.startswith('NoExtension') else reason}")
 
 
 def _line(text: str) -> str:
-    line = next(iter(text.splitlines()), "")
+    line = " ".join(text.partition("<non-verbose")[0].split())
     return line if len(line) <= 300 else f"{line[:297]}..."

@@ -15,8 +15,9 @@ from irkit.observing import ASKED_BY
 
 _Result = TypeVar("_Result")
 
-# LLVM, which compiles on this thread, needs more than the 512 kB that macOS gives a thread.
+# What compiles, LLVM on the device's thread or llguidance, needs more than the 512 kB that macOS gives a thread.
 _STACK_BYTES = 64 << 20
+_starting = threading.Lock()
 
 MOST = 8
 """Answers that are made at once unless a server says otherwise; more of them wait for their turn."""
@@ -24,6 +25,16 @@ MOST = 8
 
 _REMEMBERED = 256
 """Clients of which it is known when they were served last."""
+
+
+def start_deep(thread: threading.Thread) -> None:
+    """Start `thread` with a stack of 64 MB, of which what it does not touch takes no memory."""
+    with _starting:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
 
 
 class Step(Protocol):
@@ -111,12 +122,8 @@ class Worker:
         return task.future
 
     def _start(self) -> None:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            self._thread = threading.Thread(target=self._loop, name="irkit-device", daemon=True)
-            self._thread.start()
-        finally:
-            threading.stack_size(before)
+        self._thread = threading.Thread(target=self._loop, name="irkit-device", daemon=True)
+        start_deep(self._thread)
         atexit.register(self._stop)
 
     def _loop(self) -> None:

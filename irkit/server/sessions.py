@@ -191,10 +191,8 @@ class Sessions:
 
     def running(self) -> list[Running]:
         """The models in memory, and those that programs have lent."""
-        now, found = (
-            asyncio.get_running_loop().time(),
-            [Running(name, s, math.inf, True) for name, s in self._lent.items()],
-        )
+        now = asyncio.get_running_loop().time()
+        found = [Running(name, session, math.inf, lent=True) for name, session in self._lent.items()]
         for key, task in self._opened.items():
             if task.done() and not _failed(task) and task.result().model.loading:
                 stay = self._stays.get(key, _Stay(self._keep_alive))

@@ -42,7 +42,7 @@ def test_chat_and_generate(python: ollama.Client) -> None:
     assert answer.response == whole.message.content
     assert len(answer.logprobs or ()) == 6
     streamed = [*python.generate("smollm2", "Name three colours.", options=OPTIONS, stream=True, keep_alive="2m")]
-    assert "".join(piece.response for piece in streamed) == answer.response
+    assert "".join(piece.response or "" for piece in streamed) == answer.response
     assert streamed[-1].context
     more = python.generate("smollm2", "And?", context=streamed[-1].context, options=OPTIONS)
     assert (more.prompt_eval_count or 0) > len(streamed[-1].context)
@@ -114,7 +114,7 @@ def test_the_asynchronous_client(url: str, python: ollama.Client) -> None:
         client = ollama.AsyncClient(url)
         whole = await client.chat("smollm2", MESSAGES, options=OPTIONS)
         pieces = await client.generate("smollm2", "Name three colours.", options=OPTIONS, stream=True)
-        text = "".join([piece.response async for piece in pieces])
+        text = "".join([piece.response or "" async for piece in pieces])
         assert (await client.show("smollm2")).capabilities == ["completion"]
         assert len((await client.embed("smollm2", "a cat")).embeddings[0]) == 576
         names = [model.model or "" for model in (await client.ps()).models]

@@ -99,8 +99,8 @@ def add(a: int, b: int) -> int:
 def test_clients_see_the_calls_and_the_thinking(url):
     answer = ollama.Client(url).chat("hermes", ASK, tools=[add])
     assert answer.message.content == "Let me see."
-    (call,) = answer.message.tool_calls or ()
-    assert (call.function.name, call.function.arguments) == ("add", {"a": 1, "b": 2})
+    calls = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls or ()]
+    assert calls == [("add", {"a": 1, "b": 2})]
     assert ollama.Client(url).chat("thinks", ASK, think=True).message.thinking == "Hm, two."
     said = ChatOllama(model="mistral", base_url=url).bind_tools([add]).invoke("One and one?")
     assert [(call["name"], call["args"]) for call in said.tool_calls] == [("add", {"a": 1, "b": 2})]
@@ -139,6 +139,21 @@ def test_not_to_think_is_an_empty_thought_in_the_prompt():
             prompt = asked.detokenize(asked.respond("Hi", think=False, num_predict=0).prompt)
             assert prompt.endswith(thought)
         assert session.respond("Hi", num_predict=0).prompt != session.respond("Hi", think=False, num_predict=0).prompt
+
+
+def test_an_answer_of_a_given_form_is_not_thought_about(monkeypatch, client):
+    told: list[Any] = []
+    respond = Session.respond
+
+    def watched(self, *arguments, **options):
+        told.append(options["think"])
+        return respond(self, *arguments, **options)
+
+    monkeypatch.setattr(Session, "respond", watched)
+    body = {"model": "thinks", "messages": ASK, "format": "json", "stream": False, "options": {"num_predict": 2}}
+    for asked in (body, body | {"format": ""}, body | {"format": "", "think": True}):
+        assert client.post("/api/chat", json=asked).status_code == 200
+    assert told == [False, None, True]
 
 
 def test_one_that_thinks_though_it_was_not_to_is_not_heard(client):
@@ -180,6 +195,7 @@ def test_ollamas_names_are_those_of_templates(client, monkeypatch):
         ("thinks", {"tools": TOOLS}, "model 'thinks' does not support tools"),
         ("hermes", {"think": True}, "model 'hermes' does not support thinking"),
         ("hermes", {"tools": [1]}, 'option "tools.0"'),
+        ("opened", {"think": True, "format": "json"}, '"think" does not go with "format"'),
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])

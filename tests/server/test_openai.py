@@ -3,19 +3,24 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 import irkit
 from irkit import hub
 from irkit.engine import Model
-from irkit.errors import ContextFullError
+from irkit.errors import BusyError, ContextFullError
+from irkit.options import ServeOptions
 from irkit.results import Generation, Token
+from irkit.server import create_app
+from irkit.server.places import Places
 from irkit.tokenizer import from_gguf
 
 CHAT: dict[str, Any] = {
@@ -185,6 +190,17 @@ def test_completions_stream_what_they_say_whole(client):
         tokens = [token for piece in pieces if piece["logprobs"] for token in piece["logprobs"]["tokens"]]
         assert tokens == choice["logprobs"]["tokens"]
         assert [piece["finish_reason"] for piece in pieces][-2:] == [None, "length"]
+
+
+def test_a_suffix_is_what_comes_after_the_gap(api, session, monkeypatch):
+    tokenizer = session.model.tokenizer  # the server's too: the model is opened once
+    monkeypatch.setattr(tokenizer, "_vocabulary", replace(tokenizer._vocabulary, fill_in_middle=(3, 4, 5)))
+    around = api.completions.create(**TEXT, suffix="five")
+    ids = tokenizer.encode_around(TEXT["prompt"], "five")
+    assert around.choices[0].text == session.generate(ids, num_predict=6, temperature=0).text
+    assert around.usage.prompt_tokens == len(ids)
+    with pytest.raises(openai.BadRequestError, match='without "echo"'):
+        api.completions.create(**TEXT, suffix="five", echo=True)
 
 
 def test_without_max_tokens_a_completion_ends_where_openais_does(api):
@@ -370,6 +386,20 @@ def test_errors_beside_the_routes_have_the_same_shape(client, method, path, stat
     reply = client.request(method, path)
     assert reply.status_code == status
     assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_errors_of_others_have_the_same_shape(client, monkeypatch):
+    locked = TestClient(create_app(ServeOptions(api_key="secret")), base_url="http://localhost")
+    refused = locked.get("/v1/models")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert locked.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+    def full(self):
+        raise BusyError("the server is busy")
+
+    monkeypatch.setattr(Places, "admit", full)
+    busy = client.post("/v1/chat/completions", json=CHAT)
+    assert (busy.status_code, busy.json()["error"]["type"]) == (503, "server_error")
 
 
 def test_a_full_context_has_openais_code(client):

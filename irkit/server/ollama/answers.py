@@ -75,6 +75,8 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         if begin is None:
             await asyncio.wrap_future(session.model.load())
             return JSONResponse(_head(asked) | shape([]) | {"done": True, "done_reason": "load"})
+        if asked.format and asked.think:
+            raise OptionError('"think" does not go with "format": the answer has that form from its first token on')
         taps = bounded({"capture": asked.capture, "edits": asked.edits}, budget)
         given = options.model_dump(exclude_unset=True)
         generation, reader = await to_thread.run_sync(lambda: begin(session, **taps, **given))
@@ -94,7 +96,7 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         opened = time.perf_counter()
 
         def made() -> tuple[int, np.ndarray]:
-            room = session.cache.n_ctx
+            room = session.n_ctx
             ids = [session.tokenize(text) for text in texts]
             rows = [row[:room] if asked.truncate else row or text for row, text in zip(ids, texts, strict=True)]
             vectors = session.embed([row or "" for row in rows], **dict(options))
@@ -134,6 +136,7 @@ def _generated(asked: GenerateRequest, session: Session, **options: Any) -> tupl
         if not tokenizer.fills_in:
             raise OptionError(f"model '{asked.named}' does not support insert")
         return session.generate(tokenizer.encode_around(asked.prompt, asked.suffix), **options), AnswerReader(Forms())
+    think = _thinks(asked)
     source = hub.as_jinja(asked.template) if asked.template else None
     if asked.template and source is None:
         raise OptionError("the template, a Go one, is beyond those that can be read here", "template")
@@ -143,11 +146,11 @@ def _generated(asked: GenerateRequest, session: Session, **options: Any) -> tupl
     if asked.context:
         if asked.think and not template.forms.thinking:
             raise OptionError(f"model '{asked.named}' does not support thinking")
-        turn = template.encode(tokenizer, messages, add_special=False, think=asked.think)
+        turn = template.encode(tokenizer, messages, add_special=False, think=think)
         generation = session.generate([*asked.context, *turn], **options)
     else:
-        generation = session.respond(messages, think=asked.think, template=source, **options)
-    return generation, template.reader(think=asked.think)
+        generation = session.respond(messages, think=think, template=source, **options)
+    return generation, template.reader(think=think)
 
 
 def _responded(
@@ -156,8 +159,14 @@ def _responded(
     """The answer to a conversation."""
     if asked.tools and not session.template.calls_tools:
         raise OptionError(f"model '{asked.named}' does not support tools")
-    generation = session.respond(messages, asked.tools or None, think=asked.think, **options)
-    return generation, session.template.reader(asked.tools, asked.think)
+    think = _thinks(asked)
+    generation = session.respond(messages, asked.tools or None, think=think, **options)
+    return generation, session.template.reader(asked.tools, think)
+
+
+def _thinks(asked: AnswerRequest) -> bool | None:
+    """Whether to think first; not where the answer is to be of some form from its first token on."""
+    return False if asked.format else asked.think
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

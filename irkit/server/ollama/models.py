@@ -209,7 +209,7 @@ def _process(running: Running) -> dict[str, Any]:
     found = _tag(_lent(running)) | {
         "size": size,
         "size_vram": 0 if backends.select(session.model.backend, session.model.threads).name == "cpu" else size,
-        "context_length": session.cache.n_ctx,
+        "context_length": session.n_ctx,
         "expires_at": expires.isoformat(),
     }
     del found["modified_at"]
