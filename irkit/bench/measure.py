@@ -66,8 +66,9 @@ class Measure:
         return statistics.median(self.values[engine])
 
     def ratio(self, peer: str) -> float | None:
-        """The median, over the runs, of irkit's value divided by the peer's; None where the peer has none."""
-        if peer not in self.values:
+        """The median, over the runs, of irkit's value divided by the peer's; None where the peer has none, or where the
+        values are near 0."""
+        if peer not in self.values or self.name == "serve_cost":
             return None
         pairs = zip(self.values["irkit"], self.values[peer], strict=True)
         return statistics.median(ours / theirs for ours, theirs in pairs)
