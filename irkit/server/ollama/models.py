@@ -136,7 +136,7 @@ def router(sessions: Sessions) -> APIRouter:
         await to_thread.run_sync(hub.remove, name)
         return Response()
 
-    @routes.head("/blobs/{digest}")
+    @routes.head("/blobs/{digest}", include_in_schema=False)
     def has_blob(digest: str) -> Response:
         """Say whether a file of this sha256 was sent."""
         return Response(status_code=200 if hub.blob(digest) else 404)
