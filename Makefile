@@ -22,7 +22,7 @@ NATIVE_TESTS = cmake -S . -DIRKIT_NATIVE_TESTS=ON
 
 help:
 	@echo "make run          install irkit into $(VENV), fetch $$MODEL and ask it: $$PROMPT"
-	@echo "make test         lint, type check and test"
+	@echo "make test         lint, type check and test; notebooks in a browser too, where Chromium is (Debian: chromium)"
 	@echo "make test-slow    the long tests that 'make test' leaves out"
 	@echo "make soak         a server under load for MINUTES=$(MINUTES): is its memory flat, is no slot lost"
 	@echo "make test-jax050  the tests on jax 0.5.0, the oldest supported and the one Apple's jax-metal needs"
@@ -30,7 +30,7 @@ help:
 	@echo "make sanitize     the same under the address, undefined behaviour and thread sanitizers (needs cmake)"
 	@echo "make docs         build the documentation into site/"
 	@echo "make clean        remove what these made, virtual environments included"
-	@echo "Variables: PYTHON=$(PYTHON) MODEL=$$MODEL PROMPT='...' TESTS=tests/..."
+	@echo "Variables: PYTHON=$(PYTHON) MODEL=$$MODEL PROMPT='...' TESTS=tests/browser"
 
 run: $(VENV)/installed
 	@$(VENV)/bin/irkit run "$$MODEL" "$$PROMPT"

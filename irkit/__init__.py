@@ -7,7 +7,7 @@ from irkit import errors
 from irkit.errors import IrkitError
 
 if TYPE_CHECKING:
-    from irkit import gguf, tokenizer
+    from irkit import gguf, tokenizer, view
     from irkit.analysis.comparison import compare
     from irkit.edits import Edit, ablate, call, patch, scale, steer
     from irkit.session import Session
@@ -33,6 +33,7 @@ __all__ = [
     "scale",
     "steer",
     "tokenizer",
+    "view",
 ]
 
 # Everything is imported when it is first asked for: the command line, which imports this, can hear Ctrl-C at once.
@@ -44,6 +45,7 @@ _LAZY = {
     "load_trace": "irkit.tracefile",
     "sampling_distribution": "irkit.transformer.sampling",
     "tokenizer": "irkit.tokenizer",
+    "view": "irkit.view",
 } | dict.fromkeys(("Edit", "ablate", "call", "patch", "scale", "steer"), "irkit.edits")
 
 

@@ -29,7 +29,8 @@ class Edit:
     """Of the hook point: `resid_post`, `attn.hook_z`, or a full name with its layer."""
     op: Literal["add", "scale", "set", "call"]
     value: np.ndarray | None = None
-    """What is added or set: `[width]`, `[head, width]`, or the hook point's own `[b, pos, ...]`."""
+    """What is added or set: `[width]`, `[head, width]`, or the hook point's own `[b, pos, ...]`; or factors, `[layer]`
+    or `[layer, head]`."""
     strength: float = 1.0
     layers: Chosen = None
     heads: Chosen = None
@@ -39,6 +40,8 @@ class Edit:
 
     def __repr__(self) -> str:
         given = {"strength": self.strength, "layers": self.layers, "heads": self.heads, "positions": self.positions}
+        if self.op == "scale" and self.value is not None:
+            given["changed"] = int(np.sum(self.value != 1))
         shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
         return f"{self.op}({self.name!r}, {shown})"
 
@@ -50,9 +53,12 @@ def steer(
     return Edit(name, "add", np.asarray(vector, np.float32), float(strength), layers, None, positions)
 
 
-def scale(name: str, factor: float, layers: Chosen = None, heads: Chosen = None, positions: Chosen = None) -> Edit:
-    """Multiply what stands at the hook point by `factor`."""
-    return Edit(name, "scale", None, float(factor), layers, heads, positions)
+def scale(name: str, factor: Any, layers: Chosen = None, heads: Chosen = None, positions: Chosen = None) -> Edit:
+    """Multiply what stands at the hook point by `factor`: a number, or one for each layer of the model, `[layer]`, or
+    each of its heads, `[layer, head]`."""
+    if np.ndim(factor) == 0:
+        return Edit(name, "scale", None, float(factor), layers, heads, positions)
+    return Edit(name, "scale", np.asarray(factor, np.float32), 1.0, layers, heads, positions)
 
 
 def ablate(name: str, layers: Chosen = None, heads: Chosen = None, positions: Chosen = None, mean: Any = None) -> Edit:

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from irkit.edits import Edit
     from irkit.results import Generation
 
 
@@ -41,6 +42,10 @@ class Asked:
     """The `GenerateOptions` of the answer."""
     generation: Generation
     model: str
+    ids: tuple[int, ...] = ()
+    """What is answered, as the model reads it."""
+    edits: tuple[Edit, ...] = ()
+    """What is changed while it is answered."""
     by: str = ""
     """Who asked: a request such as `POST /api/chat`, or nobody but the program itself."""
     at: datetime = field(default_factory=lambda: datetime.now().astimezone())

@@ -286,7 +286,7 @@ class ScaleWords(Options):
     """What `irkit.scale` takes, as JSON."""
 
     name: str = Field(max_length=200)
-    factor: float
+    factor: float | list[float] | list[list[float]]
     layers: Numbers | None = None
     heads: Numbers | None = None
     positions: Numbers | None = None
@@ -311,6 +311,8 @@ class LensOptions(Options):
     """Token positions to look at; negative ones count from the last; if not given, all."""
     k: int = Field(default=5, ge=1, le=1000)
     """How many of the likeliest tokens to keep at each place."""
+    budget: int | None = Field(default=None, ge=0, le=1 << 50)
+    """The most bytes that may be held meanwhile; half of the free memory, if not given."""
 
 
 class ServeOptions(Options):

@@ -178,13 +178,14 @@ def probabilities(what: Score | Generation | Token) -> Figure:
 
 def cache(view: Any) -> Figure:
     """The lengths of the keys and of the values in a KV cache, layers down and tokens across, the mean over heads."""
-    layers = range(view.n_layers)
-    kinds = {"keys": view.keys, "values": view.values}
-    lengths = {
-        f"mean length of the {name}": np.stack([np.linalg.norm(of(layer), axis=-1).mean(0) for layer in layers])
-        for name, of in kinds.items()
-    }
-    return _grid(f"KV cache, {len(view.strings)} tokens", lengths, layers, view.strings, across=1, axes=("layer", ""))
+    return lengths(view.lengths().mean(axis=2), view.strings)
+
+
+def lengths(means: np.ndarray, strings: Sequence[str]) -> Figure:
+    """The lengths of keys and values, `[2, layer, position]`."""
+    kinds = {f"mean length of the {name}": each for name, each in zip(("keys", "values"), means, strict=True)}
+    layers = range(means.shape[1])
+    return _grid(f"KV cache, {len(strings)} tokens", kinds, layers, strings, across=1, axes=("layer", ""))
 
 
 def _heat_map(

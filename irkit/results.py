@@ -98,7 +98,12 @@ class Generation:
     cancels it; what was made stays. As the value of a notebook's cell it is shown while it is made.
     """
 
-    def __init__(self, cancel: Callable[[], None] = lambda: None, prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        cancel: Callable[[], None] = lambda: None,
+        prompt: Sequence[int] = (),
+        change: Callable[[dict[str, Any]], None] = lambda options: None,
+    ) -> None:
         self.prompt = tuple(prompt)
         """The token ids that it answers."""
         self._tokens: list[Token] = []
@@ -107,6 +112,7 @@ class Generation:
         self._stats = Stats()
         self._error: BaseException | None = None
         self._cancel = cancel
+        self._change = change
         self._watchers: set[Callable[[], Any]] = set()
 
     # No lock is held here: a KeyboardInterrupt just behind taking one would leave it taken, and the engine waiting for
@@ -234,10 +240,25 @@ class Generation:
         """Ends the answer before its next token; the tokens made so far stay."""
         self._cancel()
 
+    def change(self, **options: Any) -> None:
+        """Draws the tokens after this with other sampling options: those of `SamplingOptions`, the rest stay.
+
+        Tokens that are being computed meanwhile, four at most, are still drawn as before.
+
+        Raises:
+            OptionError: an option is unknown, not one of sampling, or out of bounds.
+        """
+        self._change(options)
+
     @property
     def partial_text(self) -> str:
         """What has been made so far, without waiting."""
         return "".join(token.text for token in tuple(self._tokens)) + self._tail
+
+    @property
+    def partial_tokens(self) -> tuple[Token, ...]:
+        """The token events so far, without waiting."""
+        return tuple(self._tokens)
 
     @property
     def text(self) -> str:

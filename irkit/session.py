@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from irkit.engine.cache import Cache
     from irkit.server import Serving
     from irkit.tokenizer import ChatTemplate
+    from irkit.widgets.steering import SteeringPanel
+    from irkit.widgets.watch import WatchView
 
 
 _CHARACTERS = 16
@@ -159,15 +161,10 @@ class Session:
             ModelFileError: `template` is none.
         """
         parsed = self._generate_options(options)
-        model = self.model
-        model.load()  # the template and the tokenizer go on beside it
-        layout = self.template if template is None else model.template_of(template)
-        conversation = self._conversation(messages, layout, tools, think)
-        self._check_length(_characters(conversation), "messages")
-        ids = layout.encode(model.tokenizer, conversation, tools=tools, think=think)
-        # The plain format that stands in for a missing template ends a turn with words, not with a token.
-        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *layout.stop)})
-        return self._answer(ids, parsed, capture, edits, conversation)
+        self.model.load()  # the template and the tokenizer go on beside it
+        messages, ids, stop = self._laid_out(messages, tools, think, template)
+        parsed = parsed.model_copy(update={"stop": (*parsed.stop, *stop)})
+        return self._answer(ids, parsed, capture, edits, messages)
 
     @python_only
     def render(self, messages: Messages, tools: Tools = None, think: Think = None) -> str:
@@ -390,10 +387,17 @@ class Session:
         return made
 
     @python_only
-    def fork(self) -> "Session":
-        """A session of the same model whose cache begins as a fork of this one's: the same, and then independent."""
+    def fork(self, cache: CacheView | None = None) -> "Session":
+        """A session of the same model whose cache begins as a fork of this one's, or of `cache`: the same, and then
+        independent.
+
+        Raises:
+            OptionError, ContextFullError: `cache` is of another model or other options, or holds too much.
+        """
         made = copy.copy(self)
-        made._cache, made._edits, made._pooled, made._serving = self.cache.fork()._cache, [], False, None
+        made._cache = self.model.new_cache(self._cache.n_ctx)
+        made._edits, made._pooled, made._serving = [], False, None
+        made.cache = self.cache if cache is None else cache
         return made
 
     @python_only
@@ -444,15 +448,49 @@ class Session:
             self.model.forget()
 
     @accepts(GenerateOptions)
-    def chat(self, system: System = None, **options: Any) -> None:
-        """Talk to the model, in a prompt loop in the terminal.
+    def chat(self, system: System = None, **options: Any) -> Any:
+        """Talk to the model: in a notebook a chat to be displayed, in a terminal a prompt loop.
 
         Raises:
-            OptionError: an option is unknown or out of bounds, or there is no terminal.
+            OptionError: an option is unknown or out of bounds, or there is neither notebook nor terminal.
         """
-        from irkit import cli  # the surface this verb opens; imported late, as surfaces lie above Session
+        # The surfaces this verb opens are imported late, as they lie above Session.
+        parsed = self._generate_options(options)
+        if notebook.shell() is not None:
+            import irkit.widgets.base  # noqa: F401 - first, as it says so if something is not installed
+            from irkit.widgets.chat import Chat
 
-        cli.prompt_loop(self, system, self._generate_options(options))
+            return Chat(self, system or "", parsed)
+        from irkit import cli
+
+        return cli.prompt_loop(self, system, parsed)
+
+    @python_only
+    @accepts(GenerateOptions)
+    def steering(self, vectors: "Mapping[str, Any] | None" = None, prompt: str = "", **options: Any) -> "SteeringPanel":
+        """A panel in a notebook: sliders for steering vectors, heads and layers, and the answer with what they edit
+        beside the one without.
+
+        `panel.edits` are what is chosen, for `generate` and the others. The session's own cache is left as it is.
+
+        Args:
+            vectors: By name, arrays `[d_model]` or what `irkit.analysis.steering_vector` finds.
+            prompt: What both answers answer.
+            options: As for `generate`, for both answers; and what else `irkit.view.steering` lets choose.
+
+        Raises:
+            OptionError: a vector does not fit the model, or an option is unknown or out of bounds.
+        """
+        from irkit import view  # imported late, as surfaces lie above Session
+
+        return view.steering(self, vectors, prompt=prompt, **options)
+
+    @python_only
+    def watch(self) -> "WatchView":
+        """A view in a notebook of what this session answers, here or over HTTP (`serve`), while it answers it."""
+        from irkit import view
+
+        return view.watch(self)
 
     @python_only
     @accepts(ServeOptions)
@@ -511,14 +549,27 @@ class Session:
     ) -> Generation:
         """Begins the answer to `ids`, which are what was `asked` as the model reads it."""
         pooled = self._pooled and kept is None
-        made = self.model.generate(ids, options, self._cache, *self._taps(capture, edits), kept=kept, pooled=pooled)
+        captured, changes = self._taps(capture, edits)
+        made = self.model.generate(ids, options, self._cache, captured, changes, kept=kept, pooled=pooled)
         if self._observers:
             words = asked if isinstance(asked, str) or not all(isinstance(part, int) for part in asked) else None
             words = self.model.tokenizer.decode(ids) if words is None else words
-            event = Asked(words, options, made, self.name, ASKED_BY.get().request)
+            event = Asked(words, options, made, self.name, tuple(ids), changes, ASKED_BY.get().request)
             for observer in tuple(self._observers):
                 observer(event)
         return notebook.ends_with_cell(made)
+
+    def _laid_out(
+        self, messages: Any, tools: Any = None, think: bool | None = None, template: str | None = None
+    ) -> tuple[Sequence[Mapping[str, Any]], list[int], tuple[str, ...]]:
+        """A conversation as it is asked, as the model reads it, and the texts that end its answer.
+
+        The plain format that stands in for a missing template ends a turn with words, not with a token.
+        """
+        layout = self.template if template is None else self.model.template_of(template)
+        asked = self._conversation(messages, layout, tools, think)
+        self._check_length(_characters(asked), "messages")
+        return asked, layout.encode(self.model.tokenizer, asked, tools=tools, think=think), tuple(layout.stop)
 
     def _conversation(self, messages: Any, layout: "ChatTemplate", tools: Any, think: bool | None) -> Any:
         """The messages, with the system message of the model's name (`irkit create`) where there is no other.

@@ -30,6 +30,7 @@ def test_public_names() -> None:
         "scale",
         "steer",
         "tokenizer",
+        "view",
     ]
     for name in irkit.__all__:
         assert getattr(irkit, name) is not None
@@ -107,6 +108,7 @@ ORDER = [
 OPENS = {("session", "cli"), ("session", "widgets"), ("session", "server"), ("cli", "server"), ("bench", "server")}
 # `view()` of what is found out, and `irkit.view`.
 OPENS |= {("analysis", "view"), ("analysis", "widgets"), ("trace", "view"), ("trace", "widgets")}
+OPENS |= {("session", "view"), ("engine", "view"), ("engine", "widgets")}
 OPENS |= {("view", "widgets"), ("view", "analysis"), ("widgets", "analysis"), ("session", "analysis")}
 
 

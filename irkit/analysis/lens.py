@@ -10,9 +10,9 @@ import numpy as np
 
 from irkit.analysis.inputs import Given, held_positions, one_text, places, token_id, value
 from irkit.edits import Chosen
-from irkit.errors import OptionError
+from irkit.errors import BudgetError, OptionError
 from irkit.results import columns
-from irkit.trace import Trace
+from irkit.trace import Trace, size
 
 if TYPE_CHECKING:
     import pandas
@@ -49,6 +49,8 @@ class LogitLens:
     kl: np.ndarray
     """Kullback-Leibler divergence from the last layer's distribution p to this layer's q, `[layer, pos]`, in nats: the
     sum of p ln(p/q), as Belrose et al. (2023, arXiv:2303.08112) measure a lens."""
+    entropy: np.ndarray
+    """How undecided each layer's distribution is, `[layer, pos]`, in nats."""
     chosen: np.ndarray
     """The id of the token that is likeliest after the last layer, `[pos]`."""
     ranks: np.ndarray
@@ -96,6 +98,7 @@ class LogitLens:
                 "id": self.ids.ravel(),
                 "logprob": self.logprobs.ravel(),
                 "kl": self.kl[layer, pos],
+                "entropy": self.entropy[layer, pos],
             }
         )
 
@@ -105,7 +108,7 @@ class LogitLens:
         `chosen` as in `irkit.view.lens`.
 
         Raises:
-            OptionError: there is nothing like what was chosen, or irkit's extra `notebook` is not installed.
+            OptionError: there is nothing like what was chosen.
         """
         from irkit import view
 
@@ -151,6 +154,7 @@ def logit_lens(
     embed: bool = False,
     layers: Chosen = None,
     edits: Any = None,
+    budget: int | None = None,
 ) -> LogitLens:
     """Read the stream that leaves each layer through the final norm and the unembedding (nostalgebraist 2020,
     "interpreting GPT: the logit lens").
@@ -163,6 +167,7 @@ def logit_lens(
         embed: Begin with the embeddings, before the first layer; a trace must hold `embed`.
         layers: Those to read; all that there are, if not given.
         edits: In force beside the session's, where a text is given.
+        budget: The most bytes that may be held meanwhile; half of the free memory, if not given.
 
     Raises:
         BudgetError, ContextFullError: the streams would take more memory than they may, or the text does not fit.
@@ -177,7 +182,7 @@ def logit_lens(
     if not isinstance(text_or_trace, Trace):
         count = len(session._ids(text_or_trace, "text"))
         kept = None if positions is None else choose(positions, count, "positions")
-        given = {"layers": sorted({*wanted, n_layers - 1}), "positions": kept, "edits": edits}
+        given = {"layers": sorted({*wanted, n_layers - 1}), "positions": kept, "edits": edits, "budget": budget}
     elif edits is not None:
         raise OptionError("edits: the trace was made with its own, or without")
     trace = one_text(session, text_or_trace, ("hook_embed", "resid_post") if embed else ("resid_post",), **given)
@@ -190,6 +195,11 @@ def logit_lens(
     shown = [layer for layer in held if layer in wanted]
     # The last layer is read in any case: the others' divergence is from it.
     read = [*shown, *([n_layers - 1] if n_layers - 1 not in shown else [])]
+    if budget is not None and (held_bytes := 8 * k * len(read) * len(chosen)) > budget:
+        raise BudgetError(
+            f"{k} tokens at {len(read)} layers and {len(chosen)} positions take {size(held_bytes)}, the budget is "
+            f"{size(budget)} (option budget, in bytes)"
+        )
     names = [*(["hook_embed"] if embed else []), *(f"blocks.{layer}.hook_resid_post" for layer in read)]
     where = places(trace, chosen)
     streams = np.stack([value(trace, name)[0][where] for name in names], axis=1)
@@ -217,6 +227,7 @@ def logit_lens(
         ids=found["ids"],
         logprobs=found["logprobs"],
         kl=found["kl"],
+        entropy=found["entropy"],
         chosen=chosen_ids,
         ranks=found["ranks"],
         read=ranked,
@@ -248,7 +259,7 @@ def _read(session: irkit.Session, streams: np.ndarray, tokens: np.ndarray, k: in
             parts.append([each[: at_once - missing] for each in read])
         return [np.concatenate(each).swapaxes(0, 1) for each in zip(*parts, strict=True)]
 
-    names = ("ids", "logprobs", "kl", "ranks", "of_token")
+    names = ("ids", "logprobs", "kl", "ranks", "of_token", "entropy")
     return dict(zip(names, session.model.submit(job).result(), strict=True))
 
 

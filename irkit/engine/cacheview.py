@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from irkit.edits import Chosen
     from irkit.engine.cache import Cache
     from irkit.engine.model import Model
+    from irkit.widgets.cache import CacheWidget
 
 _Result = TypeVar("_Result")
 
@@ -96,6 +97,20 @@ class CacheView:
         """
         return self._part("values", layer, head)
 
+    def lengths(self) -> np.ndarray:
+        """The lengths of keys and values: float32 `[2, layer, kv_head, position]`, keys first.
+
+        A layer at a time is looked at, so that nothing larger than that is copied.
+        """
+        kept = self.fork()
+        parts = (kept.keys, kept.values)
+        found = [[np.linalg.norm(part(layer), axis=-1) for layer in range(self.n_layers)] for part in parts]
+        return np.array(found, np.float32)
+
+    def shares_memory(self, other: CacheView) -> bool:
+        """Whether both have the same arrays, as forks have until one of them is written to."""
+        return self._do(lambda: self._cache.arrays is not None and other._cache in self._cache._sharing)
+
     def fork(self) -> CacheView:
         """The cache as it is now, which nothing the session computes changes.
 
@@ -144,7 +159,7 @@ class CacheView:
                 origin[: len(left)] = left
                 cache.own(runtime.result().move(cache.arrays, origin))
                 cache.ids = [cache.ids[position] for position in left]
-                cache.mark("dropped")
+                cache.mark("dropped", min(gone))
             else:
                 cache.rewind(len(gone))
 
@@ -176,7 +191,7 @@ class CacheView:
             cache.own(runtime.result().filled(keys, values, ids, cache.capacity(len(ids))))
             cache.ids = list(ids)
             if kind != "clean":
-                cache.mark(kind)
+                cache.mark(kind, 0)
 
         self._do(job)
 
@@ -186,16 +201,22 @@ class CacheView:
 
         return plots.cache(self.fork())
 
+    def view(self, **chosen: Any) -> CacheWidget:
+        """The cache to look at in a notebook, to rewind, to fork and to drop from.
+
+        `chosen` is as for `irkit.view.cache`.
+        """
+        from irkit import view  # imported late, as surfaces lie above
+
+        return view.cache(self, **chosen)
+
     def to_frame(self, layer: int | None = None) -> pandas.DataFrame:
         """A row a position: the token, and the mean length of its keys and values over heads, of one layer or all."""
         import pandas
 
         kept = self.fork()
         layers = range(self.n_layers) if layer is None else _chosen(layer, self.n_layers, "layer")
-        columns = {
-            name: np.mean([np.linalg.norm(part(layer), axis=-1).mean(0) for layer in layers], axis=0)
-            for name, part in {"keys": kept.keys, "values": kept.values}.items()
-        }
+        columns = dict(zip(("keys", "values"), kept.lengths()[:, list(layers)].mean(axis=(1, 2)), strict=True))
         index = pandas.RangeIndex(len(kept), name="position")
         return pandas.DataFrame({"id": kept.ids, "token": kept.tokens, **columns}, index)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from irkit.engine.runtime import Runtime
     from irkit.engine.structured import Form
     from irkit.engine.tapping import Tapping
-    from irkit.options import GenerateOptions
+    from irkit.options import GenerateOptions, SamplingOptions
     from irkit.tokenizer import Tokenizer
     from irkit.transformer.cache import KVCache
     from irkit.transformer.sampling import Sampled, Settings
@@ -49,22 +49,29 @@ def generate(
     show: Shower,
     form: Form | None,
     goes_on: bool = False,
+    sampling: Callable[[], SamplingOptions] | None = None,
 ) -> Steps:
     """Make the answer to `ids`, token by token, into `generation`: the steps of it.
 
     `asked` is when it was asked for, on `time.perf_counter`'s clock; whether it is `stopped` is looked at between
     steps, and between the chunks of a long prompt. `tapping` edits every pass, and captures from those that make a
     token; `show` turns what was captured into what the token carries. `form` says which tokens may come. With
-    `goes_on`, what `cache` holds begins `ids`, and is kept whatever edits went into it.
+    `goes_on`, what `cache` holds begins `ids`, and is kept whatever edits went into it. `sampling` tells how the next
+    token is to be drawn; if not given, as `options` say.
     """
     ready = first = last = time.perf_counter()
-    settings = runtime.settings(options, seed)
+    sampling = sampling or (lambda: options)
+    how = sampling()
+    settings = runtime.settings(how, seed)
     keep = cache.go_on if goes_on else cache.keep_prefix_of
     cached = keep(ids, tapping.provenance)
     writer = Writer(tokenizer, options, room=cache.n_ctx - len(ids))
     new = ids[cached:]
     top = options.top_logprobs > 0
     while not writer.reason:
+        if sampling() is not how:
+            how = sampling()
+            settings = runtime.settings(how, seed)
         length = len(cache.ids) + len(new)
         if not tapping:
             runtime.prepare(cache.capacity(length), cache.capacity(length + AHEAD), top)

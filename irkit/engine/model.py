@@ -29,8 +29,10 @@ from irkit.options import (
     GenerateOptions,
     LoadOptions,
     Precision,
+    SamplingOptions,
     TraceOptions,
     check_logit_bias,
+    parse,
 )
 from irkit.results import Generation, Info, Score
 
@@ -198,7 +200,16 @@ class Model:
         check_logit_bias(options, self.config.d_vocab)
         taps = self._tapping(len(ids), capture, edits, at_end=True)
         cancelled, asked = threading.Event(), time.perf_counter()
-        generation = Generation(cancelled.set, ids)
+        sampling: SamplingOptions = options
+
+        def change(given: dict[str, Any]) -> None:
+            nonlocal sampling
+            old = {name: getattr(sampling, name) for name in SamplingOptions.model_fields}
+            new = parse(SamplingOptions, old | given)
+            check_logit_bias(new, self.config.d_vocab)
+            sampling = new
+
+        generation = Generation(cancelled.set, ids, change)
         runtime = self.load()
         form = self._form(options)
         seed = options.seed if options.seed >= 0 else secrets.randbits(63)
@@ -217,7 +228,7 @@ class Model:
                     kept.clear()  # or the arrays would be shared, and copied
                 show = shower(self, taps, list(ids), mine, capture)
                 words = self.tokenizer, mine, list(ids), options, seed, generation, stopped, asked, taps, show, form
-                yield from generate(runtime.result(), *words, goes_on=kept is not None)
+                yield from generate(runtime.result(), *words, goes_on=kept is not None, sampling=lambda: sampling)
                 mine.leave_batch()
             except BaseException as error:
                 mine.clear()  # what a failed step leaves in it is not to be trusted

@@ -23,6 +23,7 @@ from irkit.options import SamplingOptions
 from irkit.transformer import cache as kv
 from irkit.transformer import readings, sampling
 from irkit.transformer.cache import KVCache
+from irkit.transformer.decoder import Params
 from irkit.transformer.sampling import Sampled, Settings
 from irkit.transformer.taps import Operands, Spec
 
@@ -94,9 +95,11 @@ class Runtime:
         self._tapped: list[tuple[Any, ...]] = []
         self._compiling = threading.Lock()
         plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
-        self._shapes = jax.tree.map(self._shape, plans)
+        shapes = jax.tree.map(self._shape, plans)
         if self.layout:
-            self._shapes = self.layout.parameters(self._shapes)
+            shapes = self.layout.parameters(shapes)
+        joined = jax.ShapeDtypeStruct((weights.total(plans, packed=True),), jnp.uint8)
+        self._shapes = cpu.Joined(joined, shapes) if self.packed else shapes
         self._small = self.packed and weights.total(plans) <= _SMALL_BYTES
         # One thread, in the order of need: two would make the first program wait for the second.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
@@ -107,31 +110,24 @@ class Runtime:
         capacity = min(SMALLEST, model.config.n_ctx)
         self._background.submit(self._reader, 32, capacity, False)
         self.prepare(capacity, capacity, top=False)
-        total, placed = weights.total(plans), 0
-
-        def place(plan: weights.Plan, reading: Callable[[], np.ndarray], shape: Any) -> Any:
-            nonlocal placed
-            weight = self._place(plan, reading, shape)
-            placed += plan.nbytes
-            show(placed / total)
-            return weight
-
-        with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
-            values = weights.read(model.file, plans, kernels, pool)
-            self.params = jax.tree.map(place, plans, values, self._shapes)
+        memory, values = weights.read(model.file, plans, kernels, self.threads, show)
+        apart = jax.tree.map(partial(self._place, values), plans, shapes)
+        if self.packed:
+            packed = memory[: weights.total(plans, packed=True)]
+            self.params: Params = cpu.Joined(jax.device_put(packed, self.device), apart)
+        else:
+            self.params = apart
 
     def _shape(self, plan: weights.Plan) -> Any:
         shape = plan.weight.shape
-        if plan.form is not None:
-            rows, cols = shape
-            return cpu.Packed(jax.ShapeDtypeStruct((plan.nbytes,), jnp.uint8), plan.form, (rows, cols))
+        if plan.form is not None and plan.start is not None:
+            return cpu.Packed(None, plan.form, (shape[0], shape[1]), plan.start)
         return jax.ShapeDtypeStruct(shape, self.dtype if len(shape) == 2 else jnp.float32)
 
-    def _place(self, plan: weights.Plan, reading: Callable[[], np.ndarray], shape: Any) -> Any:
-        value = reading()
+    def _place(self, values: dict[str, np.ndarray], plan: weights.Plan, shape: Any) -> Any:
         if plan.form is not None:
-            rows, cols = plan.weight.shape
-            return cpu.Packed(jax.device_put(value, self.device), plan.form, (rows, cols))
+            return self._shape(plan)
+        value = values[plan.weight.name]
         return sharding.put(value.astype(shape.dtype, copy=False), shape.sharding or self.device)
 
     @property

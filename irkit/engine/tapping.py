@@ -102,7 +102,11 @@ class Tapping:
             raise OptionError(f"heads: {point.name} has no heads")
         if not abs(edit.strength) <= float(np.finfo(np.float32).max):
             raise OptionError(f"{edit.name}: the strength must be a finite number, got {edit.strength}")
-        value = None if edit.op == "scale" else _laid_out(edit, point, self.config, self.rows)
+        strength, value = np.array([edit.strength], np.float32), None
+        if edit.op != "scale":
+            value = _laid_out(edit, point, self.config, self.rows)
+        elif edit.value is not None:
+            strength = _factors(edit, point, self.config)
         positions = np.zeros((1, capacity), bool)
         if edit.positions is None:
             positions[:] = True
@@ -113,7 +117,7 @@ class Tapping:
             positions[0, where] = True
         if value is not None:
             value = _padded(value, point, capacity)
-        return EditOperand(layers, positions, heads, np.array([edit.strength], np.float32), value)  # pyright: ignore[reportArgumentType]
+        return EditOperand(layers, positions, heads, strength, value)  # pyright: ignore[reportArgumentType]
 
 
 def tapping(
@@ -272,6 +276,20 @@ def _laid_out(edit: Edit, point: HookPoint, config: Config, rows: int) -> np.nda
             f"{edit.name}: a value of shape {list(edit.value.shape)} does not fit {point.name}, which is [{shown}]"
         )
     return value
+
+
+def _factors(edit: Edit, point: HookPoint, config: Config) -> np.ndarray:
+    """A factor for each layer and head, `[1, layer, head]`; one head where the hook point has none."""
+    assert edit.value is not None
+    heads = 1 if point.head_axis is None else n_heads(point, config)
+    factors = edit.strength * (edit.value[:, None] if edit.value.ndim == 1 else edit.value)
+    wanted = (config.n_layers, heads)
+    if not point.per_layer or factors.shape not in (wanted, (config.n_layers, 1)):
+        shown = f"[{config.n_layers}] or [{config.n_layers}, {heads}]" if point.per_layer else "a number"
+        raise OptionError(f"{edit.name}: factors of shape {list(edit.value.shape)} do not fit; {shown} would")
+    if not np.isfinite(factors).all():
+        raise OptionError(f"{edit.name}: the factors hold numbers that are not finite")
+    return np.broadcast_to(factors, wanted)[None].astype(np.float32)
 
 
 def _padded(value: np.ndarray, point: HookPoint, capacity: int) -> np.ndarray:

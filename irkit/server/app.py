@@ -20,7 +20,7 @@ from irkit.errors import IrkitError
 from irkit.options import GenerateOptions, LoadOptions, Options, ServeOptions
 from irkit.results import Generation
 from irkit.server import metrics, ollama, openai, tokens
-from irkit.server.captures import Format, bounded, check_room, sent, without_traces
+from irkit.server.captures import Format, bounded, sent, without_traces
 from irkit.server.errors import fault
 from irkit.server.places import TakesPlace
 from irkit.server.requests import body_of, read
@@ -145,12 +145,8 @@ def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb, budget: int) -> None
                 return await answer_lines(request, generation, _tokens(asked.model, generation, put))
             return await answer_once(request, generation, _result(asked.model, generation, put))
 
-        def made() -> Any:
-            if verb.result is Trace:
-                check_room(session, arguments, budget)
-            return sent(ask(), given.get("format", "json"))
-
-        return JSONResponse({"model": asked.model, "result": await sessions.compute(made)})
+        result = await sessions.compute(lambda: sent(ask(), given.get("format", "json")))
+        return JSONResponse({"model": asked.model, "result": result})
 
 
 async def _tokens(model: str, generation: Generation, put: Callable[[Any], Any]) -> AsyncIterator[dict[str, Any]]:

@@ -34,6 +34,8 @@ class Reading(NamedTuple):
     """How many tokens are likelier than the one asked for."""
     of_token: Float[Array, "n l"]
     """Its log-probability."""
+    entropy: Float[Array, "n l"]
+    """Of the whole distribution, in nats."""
 
 
 def lens(
@@ -58,7 +60,8 @@ def lens(
     is_it = jnp.arange(logprobs.shape[-1]) == tokens[:, None, None]
     of_token = jnp.sum(jnp.where(is_it, logprobs, 0), axis=-1)
     ranks = jnp.sum(logprobs > of_token[..., None], axis=-1, dtype=jnp.int32)
-    return Reading(ids, (values - normalizer).reshape(n, layers, k), jnp.maximum(kl, 0), ranks, of_token)
+    entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+    return Reading(ids, (values - normalizer).reshape(n, layers, k), jnp.maximum(kl, 0), ranks, of_token, entropy)
 
 
 def pattern_sums(

@@ -165,7 +165,8 @@ class EditOperand(NamedTuple):
     positions: Bool[Array, "b position"]
     """Over the positions of the cache."""
     heads: Bool[Array, "b n"] | None
-    strength: Float[Array, " b"]
+    strength: Float[Array, " b"] | Float[Array, "b n_layers n"]
+    """One factor, or one for each layer and each head, of which there is one where the hook point has none."""
     operand: Array | None
     """In the hook point's own layout; its position axis is 1 or that of the cache."""
 
@@ -334,7 +335,12 @@ class Taps:
             return new.astype(value.dtype)
         assert self._start is not None
         axis, t = point.position_axis, value.shape[point.position_axis]
-        strength = _at_axes(operand.strength, value.ndim, 0)
+        if operand.strength.ndim == 1:
+            strength = _at_axes(operand.strength, value.ndim, 0)
+        elif point.head_axis is None:
+            strength = _at_axes(operand.strength[:, self.layer_index or 0, 0], value.ndim, 0)
+        else:
+            strength = _at_axes(operand.strength[:, self.layer_index or 0], value.ndim, 0, point.head_axis)
         new = value * strength
         if operand.operand is not None:
             other = operand.operand

@@ -268,7 +268,7 @@ function render({ model, el }) {
     if (!found) return;
     const all = weights(found, token).filter((each) => !(reading() && hidden(each.token)));
     const most = Math.max(...all.map((each) => each.weight), 1e-9);
-    const shares = new Map(all.map((each) => [each.token, Math.round(70 * Math.sqrt(each.weight / most))]));
+    const shares = new Map(all.map((each) => [each.token, Math.round(50 * Math.sqrt(each.weight / most))]));
     spans.forEach((span, at) => {
       span.style.background = shares.get(at) ? `color-mix(in srgb, var(--irkit-accent) ${shares.get(at)}%, transparent)` : "";
       span.classList.toggle("irkit-here", at === token);
@@ -373,9 +373,8 @@ function render({ model, el }) {
     if (index !== undefined) chooseHead(index);
     grid.focus({ preventScroll: true });
   });
-  const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   grid.addEventListener("keydown", (event) => {
-    const step = STEPS[event.key];
+    const step = ARROWS[event.key];
     if (!step) return;
     event.preventDefault();
     const [column, row] = spot(places.indexOf(layerAt() * nHeads + headAt()));
@@ -388,7 +387,7 @@ function render({ model, el }) {
       event.preventDefault();
       return lock(chosenToken());
     }
-    const step = STEPS[event.key];
+    const step = ARROWS[event.key];
     if (!step) return;
     event.preventDefault();
     const among = reading() ? queries : tokens.map((_, at) => at);

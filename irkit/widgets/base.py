@@ -19,7 +19,7 @@ try:
     from IPython.core.getipython import get_ipython
     from ipywidgets import Widget
 except ImportError as error:
-    raise OptionError("views in a notebook need ipywidgets and anywidget: pip install 'irkit[notebook]'") from error
+    raise OptionError(f"views in a notebook need {error.name}, which comes with irkit: pip install irkit") from error
 
 
 @cache
@@ -40,6 +40,7 @@ class View(anywidget.AnyWidget):
     def __init__(self, **traits: Any) -> None:
         super().__init__(**{"twin_id": uuid4().hex, **traits})
         self._shown_by: str | None = None
+        self._displayed = False
 
     def twin(self) -> str:
         """The view as it is now, as HTML."""
@@ -54,11 +55,17 @@ class View(anywidget.AnyWidget):
         cell, execution = running()
         self._shown_by = execution
         _take_over(self, cell, execution)
+        self._displayed = True
         show(self.whole(), self._framed(), self.twin_id)
 
     def refresh_twin(self) -> None:
         """Put what the view shows now into its twin, wherever that was displayed."""
+        if not self._displayed:
+            return
         display(HTML(self._framed()), display_id=self.twin_id, update=True)
+
+    def succeed(self, old: View) -> None:
+        """Take over what should last of a view that an earlier run of the cell showed, and that is closed now."""
 
     def _framed(self) -> str:
         return f'<div class="irkit-twin-{self.twin_id}">{self.twin()}</div>'
@@ -97,6 +104,7 @@ def _take_over(view: View, cell: str | None, execution: str | None) -> None:
     if before != execution:
         for old in views:
             if old is not view:
+                view.succeed(old)
                 old.close()
         views = []
     _shown[cell] = execution, [*views, view]

@@ -42,18 +42,19 @@ function make(tag, properties = {}, ...children) {
 /** A view's root, which hides its static twin while it is there. Its keys are its own: Jupyter's shortcuts stay out. */
 function root(model, el, name, label) {
   const made = make("div", { className: `irkit-view irkit-${name}`, role: "group", "aria-label": label });
-  made.setAttribute("data-lm-suppress-shortcuts", "true");
+  // JupyterLab listens as events bubble up; Notebook 7 before they come here, and looks at the focused element alone.
+  made.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
   made.addEventListener("keydown", (event) => event.stopPropagation());
   made.append(make("style", {}, `.irkit-twin-${model.get("twin_id")} { display: none; }`));
   el.append(made);
   return made;
 }
 
-/** A labelled drop-down that follows a trait of the model, and sets it. */
-function choice(model, trait, label, options) {
+/** A labelled drop-down that follows a trait of the model, and sets it to what `read` makes of a value. */
+function choice(model, trait, label, options, read = String) {
   const select = make("select", {
     onchange: () => {
-      model.set(trait, select.value);
+      model.set(trait, read(select.value));
       model.save_changes();
     },
   });
@@ -158,3 +159,28 @@ function tokenLabel(token, longest = 14) {
 
 /** A typed array of what a bytes trait or a message's buffer holds. */
 const typed = (view, Type) => new Type(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const OUT = "#c2562d"; // what is taken out, on light and dark grounds
+
+const clamp = (value, count) => Math.min(Math.max(value, 0), count - 1);
+
+/** A slider and a box for a number, which both tell `changed`; the box takes numbers beyond the slider's ends. */
+function slider(label, { min, max, step }, changed) {
+  const tell = (input) => {
+    const value = Number(input.value);
+    if (input.value === "" || !Number.isFinite(value)) return;
+    show(value, input);
+    changed(value);
+  };
+  const range = make("input", { type: "range", min, max, step, "aria-label": label, oninput: () => tell(range) });
+  const whole = Number.isInteger(step);
+  const box = make("input", { type: "number", step: whole ? 1 : "any", "aria-label": `${label}, as a number`, onchange: () => tell(box) });
+  if (whole) Object.assign(box, { min, max });
+  function show(value, but = null) {
+    if (range !== but && Number(range.value) !== value) range.value = value;
+    const rounded = Number(value.toFixed(3));
+    if (box !== but && document.activeElement !== box) box.value = rounded;
+  }
+  return { element: make("span", { className: "irkit-slider" }, range, box), show };
+}

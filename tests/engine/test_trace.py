@@ -285,6 +285,7 @@ def test_other_choices_compile_nothing(small: irkit.Session, monkeypatch: pytest
 
     def once(strength: float, layer: int, head: int) -> None:
         edits = [irkit.steer(np.full(64, strength), layer, strength, positions=layer), irkit.ablate("z", layer, head)]
+        edits += [irkit.scale("z", np.full((2, 4), strength)), irkit.scale("mlp_out", [strength, 1])]
         small.trace(TEXTS[0], names=["pattern", "z"], layers=layer, heads=head, positions=[layer, -1], edits=edits)
         small.generate(TEXTS[0], edits=edits, capture={"names": "pattern", "layers": layer}, **options).wait()
 
@@ -296,6 +297,20 @@ def test_other_choices_compile_nothing(small: irkit.Session, monkeypatch: pytest
     once_more = irkit.scale("mlp_out", 2.0)
     small.trace(TEXTS[0], names=["pattern"], edits=[once_more])
     assert made == ["trace"]  # the count can tell
+
+
+def test_factors_by_layer_and_head_are_those_one_by_one(small: irkit.Session) -> None:
+    factors = np.ones((2, 4), np.float32)
+    factors[0, 1], factors[1, 3], factors[1, 0] = 0, 0.5, 2
+    one_by_one = [irkit.scale("z", factors[at], layers=at[0], heads=at[1]) for at in ((0, 1), (1, 3), (1, 0))]
+    one_by_one += [irkit.scale("mlp_out", 0.25, layers=1), irkit.scale("attn_out", 3, layers=0)]
+    together = [irkit.scale("z", factors), irkit.scale("mlp_out", [1, 0.25]), irkit.scale("attn_out", [3, 1])]
+    expected, found = (small.trace(TEXTS[0], names=(), edits=edits).logits for edits in (one_by_one, together))
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found - small.trace(TEXTS[0], names=()).logits).max() > 0.1
+    as_json = [{"op": "scale", "name": "z", "factor": factors.tolist()}, *together[1:]]
+    np.testing.assert_array_equal(small.trace(TEXTS[0], names=(), edits=as_json).logits, expected)
+    assert "changed=3" in repr(together[0])
 
 
 def test_a_budget_is_kept(small: irkit.Session) -> None:
@@ -329,6 +344,9 @@ def test_a_budget_is_kept(small: irkit.Session) -> None:
         ({"names": "z", "edits": [irkit.steer(np.ones(63), 0)]}, "63"),
         ({"names": "z", "edits": [irkit.steer(np.full(64, np.nan), 0)]}, "not finite"),
         ({"names": "z", "edits": [irkit.ablate("mlp_out", 0, heads=1)]}, "has no heads"),
+        ({"names": "z", "edits": [irkit.scale("z", np.ones((2, 3)))]}, r"\[2\] or \[2, 4\] would"),
+        ({"names": "z", "edits": [irkit.scale("mlp_out", [1, np.inf])]}, "not finite"),
+        ({"names": "z", "edits": [irkit.scale("hook_embed", [1.0, 2.0])]}, "a number would"),
         ({"names": "z", "edits": [{"op": "stear"}]}, "steer, scale, ablate"),
     ],
 )
