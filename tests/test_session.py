@@ -425,3 +425,11 @@ def test_memory_goes_with_the_last_session(model_path: Path) -> None:
             break
         time.sleep(0.02)
     assert alive() is None
+
+
+def test_what_can_never_fit_is_not_even_tokenized(session, monkeypatch):
+    long = "a" * 2_000_000
+    monkeypatch.setattr(type(session.model.tokenizer), "encode", None)
+    for ask in (session.generate, session.respond, session.score, session.embed, session.trace):
+        with pytest.raises(ContextFullError, match="2000000 characters do not fit the context, which holds 8192"):
+            ask(long)
