@@ -292,6 +292,13 @@ def test_what_the_template_has_no_place_for_is_said(session: irkit.Session, aske
     session.respond("Hi", tools=[], think=False, num_predict=1).wait()
 
 
+def test_a_template_of_the_call_lays_it_out(session: irkit.Session) -> None:
+    answer = session.respond("Hello", template="{{ messages[0].content }}!", num_predict=1)
+    assert list(answer.wait().prompt) == session.tokenize("Hello!")
+    with pytest.raises(ModelFileError, match="template cannot be read"):
+        session.respond("Hello", template="{% if %}")
+
+
 def test_changing_settings_compiles_nothing(session: irkit.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     session.generate(PROMPT, **GREEDY).wait()
     session.generate(PROMPT, top_logprobs=1, **GREEDY).wait()
