@@ -319,6 +319,10 @@ def test_thinking_is_apart_and_can_be_left_out(api, tooled):
         said = api.chat.completions.create(**asked, **more).choices[0].message
         assert said.content
         assert not hasattr(said, "reasoning_content")
+    formed = api.chat.completions.create(**asked, response_format={"type": "json_object"}).choices[0].message
+    assert formed.content.startswith("{")
+    with pytest.raises(openai.BadRequestError, match="no thinking before"):
+        api.chat.completions.create(**asked, response_format={"type": "json_object"}, reasoning_effort="low")
     with pytest.raises(openai.BadRequestError, match="does not support thinking"):
         api.chat.completions.create(**CHAT, reasoning_effort="high")
 

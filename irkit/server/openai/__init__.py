@@ -66,9 +66,12 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         messages = [message_of(given, f"messages[{index}]") for index, given in enumerate(asked.messages)]
         session = await sessions.get(asked.model, asked.load)
         template = await to_thread.run_sync(lambda: session.template)
-        tools, think = asked.offered, asked.thinks
-        if think is None and "format" in asked.options and template.forms.thinking:
-            think = False  # the answer is of that form from its first token on
+        tools, think, formed = asked.offered, asked.thinks, "format" in asked.options
+        if tools and not (formed or template.calls_tools):
+            raise OptionError(f"model '{asked.model}' does not support tools", "tools")
+        if formed and think:
+            raise OptionError("there is no thinking before an answer that has a form from its first token on", "think")
+        think = False if formed else think
 
         def reader() -> AnswerReader:
             if asked.forced and tools:
