@@ -43,7 +43,9 @@ def address(model_path: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     path = os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"IRKIT_REPLICAS": "2", "IRKIT_CPUS": "1", "IRKIT_API_KEY": KEY, "PYTHONPATH": path}
-    own |= {"RAY_raylet_start_wait_time_s": "300", "RAY_USAGE_STATS_ENABLED": "0"}
+    # A busy machine takes longer to start than Ray waits.
+    own |= {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}
+    own |= {"RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "-c", RUN, str(port)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | own) as process:
