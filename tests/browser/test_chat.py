@@ -26,6 +26,7 @@ class Talk:
         self.answers = self.view.locator("article.irkit-its")
         self.send_button = self.view.locator(".irkit-send")
         self.stop_button = self.view.locator(".irkit-stop")
+        self.colour = self.view.locator(".irkit-bar").get_by_label("Tokens")
         self.view.wait_for()
 
     def send(self, text: str) -> None:
@@ -169,7 +170,7 @@ def test_a_slider_changes_the_answer_while_it_is_made(talk: Callable[..., Talk])
 def test_a_token_opens_and_another_goes_on_from_it(talk: Callable[..., Talk]) -> None:
     chat = talk()
     first = chat.ask("What is the capital of France?")
-    chat.view.get_by_label("Tokens").select_option("probability")
+    chat.colour.select_option("probability")
     tokens = chat.answers.last.locator(".irkit-t")
     expect(tokens).to_have_count(chat.made())
     words = tokens.all_inner_texts()
@@ -299,7 +300,7 @@ def test_an_exported_page_without_script_and_network_shows_the_conversation(
 def test_the_chat_can_be_read_in_both_themes(talk: Callable[..., Talk]) -> None:
     chat = talk()
     chat.ask("Write one line of Python, and say what it does.")
-    chat.view.get_by_label("Tokens").select_option("probability")
+    chat.colour.select_option("probability")
     chat.answers.last.locator(".irkit-t").nth(2).click()
     expect(chat.output.locator(".irkit-step .irkit-attention")).to_be_visible()
     try:
