@@ -85,6 +85,8 @@ class Chat(base.View):
         self.controls = controls.sampling(GenerateOptions, dict(self._options))
         """The sampling controls: to be read, set and observed."""
         self.controls.observe(self._changed)
+        for widget in (*self.controls.widgets.values(), self.controls.preset):
+            base.beside_cells(widget)
         self._inspector = Inspector(session)
         self._opening: dict[str, Any] | None = None
         self.on_msg(self._asked)
