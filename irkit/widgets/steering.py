@@ -16,7 +16,7 @@ from irkit import reprs
 from irkit.analysis.steering import SteeringVector, steering_vector
 from irkit.edits import Edit, scale, steer
 from irkit.errors import IrkitError, OptionError
-from irkit.observing import ASKED_BY
+from irkit.observing import ASKED_BY, Asker
 from irkit.options import GenerateOptions, parse
 from irkit.widgets import base, controls
 from irkit.widgets.choosing import choose
@@ -103,7 +103,8 @@ class SteeringPanel(base.View):
         choose(self, mine)
         self.controls = controls.sampling(GenerateOptions, dict(self._options))
         """The sampling controls, which hold for both answers: to be read, set and observed."""
-        self.controls.observe(lambda changed: self.answer() if self.live and self.prompt else None)
+        self._answered_with = self.options
+        self.controls.observe(self._moved)
         self.on_msg(self._asked)
 
     def add(self, name: str, vector: SteeringVector | Any, layer: int | None = None, strength: float = 0.0) -> None:
@@ -207,6 +208,11 @@ class SteeringPanel(base.View):
         elif kind == "make":
             threading.Thread(target=self._make, args=(message,), daemon=True).start()
 
+    def _moved(self, changed: dict[str, Any]) -> None:
+        """A sampling control was moved; those that the page puts up say so too, without another value."""
+        if self.live and self.prompt and self.options != self._answered_with:
+            self.answer()
+
     def _make(self, message: Mapping[str, Any]) -> None:
         """A vector from two kinds of text, a line each."""
         try:
@@ -227,7 +233,7 @@ class SteeringPanel(base.View):
 
     def _work(self, run: int, stop: threading.Event) -> None:
         """Make both answers, and tell of them as they are made."""
-        ASKED_BY.set("steering panel")
+        ASKED_BY.set(Asker("steering panel"))
         self.running = True
         try:
             pair = self._begin()
@@ -247,7 +253,8 @@ class SteeringPanel(base.View):
     def _begin(self) -> tuple[Generation, Generation]:
         """Both answers, begun; the same one twice where nothing is edited."""
         self._session.model  # noqa: B018 - says so if the session is closed
-        options, edits = dict(self.options), self.edits
+        self._answered_with = self.options
+        options, edits = dict(self._answered_with), self.edits
         options["top_logprobs"] = max(COMPARED, options["top_logprobs"])
         options["seed"] = options["seed"] if options["seed"] >= 0 else secrets.randbits(31)
         words: Any = [{"role": "user", "content": self.prompt}] if self.as_message else self.prompt
