@@ -120,7 +120,7 @@ function render({ model, el }) {
     if (mine) article.append(make("div", { className: "irkit-bubble" }, turn.text), actions);
     else {
       body.whole(turn.html);
-      article.append(body.element, body.list, extra, make("div", { className: "irkit-foot" }, actions, facts));
+      article.append(body.element, body.list, extra, make("div", { className: "irkit-foot" }, facts, actions));
       if (turn.problem) article.insertBefore(make("div", { className: "irkit-problem" }, turn.problem), extra);
       listen(turn.id, body);
     }
@@ -188,7 +188,7 @@ function render({ model, el }) {
     const asks = how !== "none" && id !== get("busy") && (!body.tokens.length || (how === "entropy" && !body.entropies));
     if (asks && body.asked !== how) {
       body.asked = how;
-      model.send({ kind: "tokens", turn: id });
+      model.send({ kind: "tokens", turn: id, entropy: how === "entropy" });
     }
     body.show(how);
   }
@@ -243,6 +243,10 @@ function render({ model, el }) {
       make("div", { className: "irkit-note" }, "Click one to go on from it: this answer is kept as a version. Attention, logit lens and cache of the step are shown below the chat."),
     );
     if (asks) {
+      // Into sight, but no further than the token stays there.
+      const [box, token] = [held.extra, held.body.list.children[position]].map((each) => each.getBoundingClientRect());
+      const frame = log.getBoundingClientRect();
+      log.scrollTop += Math.max(0, Math.min(box.bottom - frame.bottom + 8, token.top - frame.top - 8));
       say("computing the step …");
       model.send({ kind: "open", turn, position });
     }
