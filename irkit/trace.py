@@ -220,7 +220,7 @@ class Trace(Mapping[str, Value]):
         """A notebook's view of the attention patterns; `text` and `chosen` as in `irkit.view.attention`.
 
         Raises:
-            OptionError: the trace does not hold them, or irkit's extra `notebook` is not installed.
+            OptionError: the trace does not hold them.
         """
         from irkit import view
 

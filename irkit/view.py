@@ -1,7 +1,4 @@
-"""Views for notebooks, each by the name of what it shows.
-
-They need the extra `notebook`: pip install 'irkit[notebook]'.
-"""
+"""Views for notebooks, each by the name of what it shows."""
 
 from __future__ import annotations
 
@@ -33,8 +30,7 @@ def attention(trace: Trace, text: int = 0, **chosen: Any) -> AttentionView:
             "induction"), `direction` ("reads" or "read_by"), `mask_first`, `colours` ("viridis" or "cividis").
 
     Raises:
-        OptionError: the trace does not hold them, there is nothing like what was chosen, or irkit's extra `notebook`
-            is not installed.
+        OptionError: the trace does not hold them, or there is nothing like what was chosen.
     """
     import irkit.widgets.base  # noqa: F401 - first, as it says so if something is not installed
     from irkit.widgets.attention import AttentionView
@@ -51,7 +47,7 @@ def lens(found: LogitLens, **chosen: Any) -> LensView:
             or "rank"), `colours` ("viridis" or "cividis").
 
     Raises:
-        OptionError: there is nothing like what was chosen, or irkit's extra `notebook` is not installed.
+        OptionError: there is nothing like what was chosen.
     """
     import irkit.widgets.base  # noqa: F401 - first, as it says so if something is not installed
     from irkit.widgets.lens import LensView

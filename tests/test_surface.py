@@ -12,12 +12,15 @@ from typer.main import get_command
 from irkit.cli import commands
 from irkit.cli.words import convert, label
 from irkit.errors import OptionError
-from irkit.options import ServeOptions
+from irkit.options import GenerateOptions, ServeOptions
 from irkit.server import create_app
 from irkit.server.app import WITHOUT_ROUTE
 from irkit.session import Session
 from irkit.verbs import REQUIRED, Parameter, load_parameters, option_parameters, verbs
+from irkit.widgets import controls
 
+# Options that are no number, choice or list of texts: a notebook's user sets them in Python.
+NO_CONTROL = {"logit_bias"}
 # Verbs whose route has Ollama's shape: their options are fields of an object in the body.
 OLLAMA_ROUTES = {"generate": "/api/generate", "respond": "/api/chat", "embed": "/api/embed"}
 
@@ -139,6 +142,18 @@ def test_bounds_are_inclusive_and_an_error_names_the_option(verb, parameter):
     for outside in (parameter.minimum - 1, parameter.maximum + 1, "lots", "nan"):
         with pytest.raises(OptionError, match=f"^{label(parameter)} must "):
             convert(parameter, str(outside))
+
+
+@pytest.mark.parametrize("parameter", option_parameters(GenerateOptions), ids=lambda option: option.name)
+def test_the_notebooks_controls_say_the_same(parameter):
+    made = controls.control(parameter)
+    if parameter.name in NO_CONTROL:
+        assert made is None
+        return
+    assert (tuple(made.value) if parameter.name == "stop" else made.value) == parameter.default
+    assert made.tooltip == parameter.help
+    if parameter.minimum is not None:
+        assert (made.min, made.max) == (parameter.minimum, parameter.maximum)
 
 
 def test_every_number_has_bounds():

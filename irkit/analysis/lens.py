@@ -108,7 +108,7 @@ class LogitLens:
         `chosen` as in `irkit.view.lens`.
 
         Raises:
-            OptionError: there is nothing like what was chosen, or irkit's extra `notebook` is not installed.
+            OptionError: there is nothing like what was chosen.
         """
         from irkit import view
 

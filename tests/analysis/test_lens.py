@@ -45,6 +45,7 @@ def test_what_each_layer_says(tiny: irkit.Session, trace: irkit.Trace, expected:
     final = expected[-1]
     np.testing.assert_allclose(lens.kl, (np.exp(final) * (final - expected)).sum(-1), atol=1e-4)
     np.testing.assert_array_equal(lens.kl[-1], 0)
+    np.testing.assert_allclose(lens.entropy, -(np.exp(expected) * expected).sum(-1), atol=1e-4)
     assert lens.layers == ("0", "1")
     assert lens.tokens == trace.tokens
     assert lens.strings[1][-1][0] == tiny.model.tokenizer.token(int(order[1, -1, 0]))

@@ -117,9 +117,8 @@ def test_in_the_dark_everything_can_be_read(notebook: Notebook) -> None:
 def test_a_canvas_that_was_out_of_sight_is_painted_again(notebook: Notebook) -> None:
     notebook.windowed()
     view = shown(notebook, ATTENTION)
-    for _ in range(20):
-        last = notebook.add("\n" * 12)
-    notebook.scroll_to(last)
+    below = [notebook.add("\n" * 12) for _ in range(20)]
+    notebook.scroll_to(below[-1])
     expect(view).not_to_be_in_viewport()
     notebook.scroll_to(1)
     expect(view).to_be_in_viewport()

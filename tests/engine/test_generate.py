@@ -10,6 +10,7 @@ import pytest
 
 import irkit
 from irkit.engine.runtime import AT_ONCE, Runtime
+from irkit.errors import OptionError
 from irkit.kernels.cpu import library
 from irkit.results import Generation
 
@@ -118,6 +119,33 @@ def test_the_end_of_the_context_anywhere_in_a_call(small_session: irkit.Session,
     found = small_session.generate(prompt, **SAMPLED).wait()
     check(small_session, found, expected, prompt, keys)
     assert (found.finish_reason, len(found.tokens)) == ("context", N_CTX - length)
+
+
+def test_sampling_changes_between_calls(small_session: irkit.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_session.reset()
+    decode, answers, ready = Runtime.decode, [], threading.Event()
+    plain = small_session.generate(PROMPT, **SAMPLED).tokens
+    small_session.reset()
+
+    def changing(self: Runtime, *arguments: Any) -> Any:
+        if len(answers[0]._tokens) == 1 + AT_ONCE:
+            answers[0].change(logit_bias={5: 1000.0})
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(Runtime, "decode", changing)
+    small_session.model.submit(ready.wait)
+    answers.append(small_session.generate(PROMPT, **SAMPLED))
+    with pytest.raises(OptionError, match="temperature"):
+        answers[0].change(temperature=11)
+    with pytest.raises(OptionError, match="num_predict"):
+        answers[0].change(num_predict=3)
+    with pytest.raises(OptionError, match="vocabulary of 258"):
+        answers[0].change(logit_bias={258: 1.0})
+    ready.set()
+    ids = [token.id for token in answers[0].tokens]
+    before = 1 + 2 * AT_ONCE  # what was under way is drawn as it was asked for
+    assert ids[:before] == [token.id for token in plain[:before]]
+    assert {*ids[before:]} == {5}
 
 
 def test_cancelled_between_calls(small_session: irkit.Session, monkeypatch: pytest.MonkeyPatch) -> None:
