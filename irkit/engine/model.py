@@ -182,6 +182,7 @@ class Model:
             sampling = new
 
         generation = Generation(cancelled.set, change)
+        generation._most = options.num_predict if options.num_predict > 0 else None
         runtime = self.load()
         seed = options.seed if options.seed >= 0 else secrets.randbits(63)
 
