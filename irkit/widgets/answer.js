@@ -86,13 +86,17 @@ function answerBody() {
       const seen = how !== "none" && tokens.length > 0;
       list.hidden = !seen;
       element.hidden = seen;
-      if (seen) [...list.children].forEach(paint);
+      if (!seen) return;
+      [...list.children].forEach(paint);
+      if (here < 0) list.firstChild.tabIndex = 0; // where the Tab key comes in
     },
     /** Marks one token, and lets the Tab key come to it. */
     mark(index, focus = false) {
-      list.children[here]?.classList.remove("irkit-here");
-      list.children[here]?.removeAttribute("tabindex");
+      const before = list.children[Math.max(here, 0)];
+      before?.classList.remove("irkit-here");
+      before?.removeAttribute("tabindex");
       here = index;
+      if (here < 0 && list.firstChild) list.firstChild.tabIndex = 0;
       const span = list.children[here];
       if (!span) return;
       span.classList.add("irkit-here");

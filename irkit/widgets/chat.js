@@ -205,6 +205,7 @@ function render({ model, el }) {
       tip.show(event, make("b", { className: "irkit-token" }, tokenLabel(token.name, 28)), ...alternatives(token, body.entropies?.[index]));
     });
     body.list.addEventListener("pointerleave", tip.hide);
+    body.list.addEventListener("focusin", (event) => at(event) !== body.here && body.mark(at(event)));
     body.list.addEventListener("click", (event) => at(event) >= 0 && pin(id, at(event)));
     body.list.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10 }[event.key];

@@ -86,6 +86,7 @@ class Chat(base.View):
         """The sampling controls: to be read, set and observed."""
         self.controls.observe(self._changed)
         self._inspector = Inspector(session)
+        self._opening: dict[str, Any] | None = None
         self.on_msg(self._asked)
 
     # What it is displayed as.
@@ -98,11 +99,11 @@ class Chat(base.View):
 
     def twin(self) -> str:
         """The conversation as HTML without script: what was said, and each answer's tokens by their likelihood."""
-        shown = [answer.twin(turn) for turn in conversation.path(self._root)]
+        parts = [answer.twin(list(conversation.path(self._root)))]
         if self.system:
-            shown.insert(0, f"<p><b>system</b></p><div class='irkit-words'>{escape(self.system)}</div>")
-        facts = reprs.note([f"a conversation with {self._session.name}", *([] if shown else ["nothing said yet"])])
-        return reprs.out(*shown, facts)
+            parts.insert(0, f"<p><b>system</b></p><div class='irkit-words'>{escape(self.system)}</div>")
+        facts = [f"a conversation with {self._session.name}", *([] if self._root.after else ["nothing said yet"])]
+        return reprs.out(*parts, reprs.note(facts))
 
     def close(self) -> None:
         """End the answer that is being made, and take the chat away; the conversation stays readable."""
@@ -374,8 +375,10 @@ class Chat(base.View):
                 case "tokens":
                     self._later(self._send_tokens, message)
                 case "open":
+                    self._opening = message
                     self._later(self._open, message)
                 case "shut":
+                    self._opening = None
                     self._inspector.clear()
         except IrkitError as error:
             self._problem(str(error), message)
@@ -427,7 +430,9 @@ class Chat(base.View):
         self.send({"kind": "tokens", "turn": turn.id, "first": 0, **data}, [*buffers, entropies])
 
     def _open(self, message: dict[str, Any]) -> None:
-        """Look into the step that made a token."""
+        """Look into the step that made a token, unless another was chosen meanwhile."""
+        if message is not self._opening:
+            return
         turn, position = self._turn(message["turn"]), message["position"]
         tokens = turn.tokens
         if not 0 <= position < len(tokens):
