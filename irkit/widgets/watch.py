@@ -150,19 +150,23 @@ class WatchView(base.View):
     def _tell(self) -> None:
         """Tell the page what is new, a message for all of it, until there is nothing that goes on."""
         going_on = True
-        while going_on:
-            with self._lock:
-                live = [seen for seen in self._kept if seen.live]
-                for seen in live:
-                    _look(seen)
-                self._forget()
-                if self.follow and live:
-                    self.chosen = live[-1].id
-                self._send_news(live)
-                going_on = any(seen.live for seen in self._kept)
-                if not going_on:
-                    self._pump = None
-            time.sleep(PERIOD)
+        try:
+            while going_on:
+                with self._lock:
+                    live = [seen for seen in self._kept if seen.live]
+                    for seen in live:
+                        _look(seen)
+                    self._forget()
+                    if self.follow and live:
+                        self.chosen = live[-1].id
+                    self._send_news(live)
+                    going_on = any(seen.live for seen in self._kept)
+                    if not going_on:
+                        self._pump = None
+                time.sleep(PERIOD)
+        except BaseException:
+            self._pump = None  # the next answer has another
+            raise
         self.refresh_twin()
 
     def _forget(self) -> None:

@@ -82,6 +82,7 @@ def test_stop_ends_both_answers(notebook: Notebook, kernel: Kernel, page: Page, 
     kernel.ask("exec('p.vectors = [{**p.vectors[0], \"strength\": 1.0}]', globals())")
     view.get_by_role("button", name="Answer", exact=True).click()
     kernel.until("p.edited is not None and len(p.edited.partial_tokens) > 30")
+    expect(view.locator(".irkit-answer").nth(1).locator("span").nth(20)).to_be_attached()
     assert 0 < per_second([when for when, _ in notebook.messages]) < 20
     view.get_by_role("button", name="Stop").click()
     kernel.until("p.unedited.done and p.edited.done and not p.running", 5)
