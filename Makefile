@@ -6,6 +6,8 @@ PROMPT ?= Why is the sky blue?
 export MODEL PROMPT
 # What pytest runs, such as TESTS=tests/gguf; all of tests/ when empty.
 TESTS ?=
+# How long the soak takes.
+MINUTES ?= 10
 
 VENV = .venv
 VENV_JAX050 = .venv-jax050
@@ -16,12 +18,13 @@ KERNELS = CMakeLists.txt .editable/CMakeLists.txt $(wildcard irkit/kernels/cpu/s
 NATIVE_TESTS = cmake -S . -DIRKIT_NATIVE_TESTS=ON
 
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow test-jax050 test-arm sanitize docs clean
+.PHONY: help run test test-slow soak test-jax050 test-arm sanitize docs clean
 
 help:
 	@echo "make run          install irkit into $(VENV), fetch $$MODEL and ask it: $$PROMPT"
 	@echo "make test         lint, type check and test; notebooks in a browser too, where Chromium is (Debian: chromium)"
 	@echo "make test-slow    the long tests that 'make test' leaves out"
+	@echo "make soak         a server under load for MINUTES=$(MINUTES): is its memory flat, is no slot lost"
 	@echo "make test-jax050  the tests on jax 0.5.0, the oldest supported and the one Apple's jax-metal needs"
 	@echo "make test-arm     the kernels' own tests on emulated Arm (needs cmake, aarch64-linux-gnu-g++, qemu-aarch64)"
 	@echo "make sanitize     the same under the address, undefined behaviour and thread sanitizers (needs cmake)"
@@ -40,6 +43,9 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -m slow $(TESTS)
+
+soak: $(VENV)/installed-dev
+	$(VENV)/bin/python tests/bench/soak.py --minutes $(MINUTES)
 
 test-jax050: $(VENV_JAX050)/installed
 	$(VENV_JAX050)/bin/python $(PYTEST)

@@ -22,7 +22,15 @@ class ModelNotFoundError(IrkitError):
 
 
 class OptionError(IrkitError, ValueError):
-    """An option or argument is unknown, of the wrong type or out of bounds: the message names it."""
+    """An option or argument is unknown, of the wrong type or out of bounds: the message names it.
+
+    Attributes:
+        option: Its name alone, where there is one to blame.
+    """
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class ContextFullError(IrkitError):
@@ -35,6 +43,10 @@ class PullError(IrkitError):
 
 class BudgetError(IrkitError):
     """A request would take more memory than its budget: the message names both and what would fit."""
+
+
+class BusyError(IrkitError):
+    """A server has as much to do as it may take on: asking again a little later may help."""
 
 
 class BackendError(IrkitError):

@@ -1,7 +1,8 @@
-"""What a session's observers are told: which answers are begun, and on whose behalf."""
+"""On whose behalf something is computed, and what a session's observers are told of it."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -12,8 +13,23 @@ if TYPE_CHECKING:
     from irkit.edits import Edit
     from irkit.results import Generation
 
-ASKED_BY: ContextVar[str] = ContextVar("asked_by", default="")
-"""Who asks in this context: the server puts the request here, such as `POST /api/chat`."""
+
+@dataclass(frozen=True, eq=False)
+class Asker:
+    """Who asks for something: the server makes one for each request; without one, the program itself asks."""
+
+    request: str = ""
+    """Such as `POST /api/chat`."""
+    client: str = ""
+    """The same for all requests of one client."""
+    left: threading.Event = field(default_factory=threading.Event)
+    """Set when nobody waits for the result any more."""
+
+
+NOBODY = Asker()
+"""Who asks where the program itself does."""
+ASKED_BY: ContextVar[Asker] = ContextVar("asked_by", default=NOBODY)
+"""Who asks in this context."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +42,6 @@ class Asked:
     """The `GenerateOptions` of the answer."""
     generation: Generation
     model: str
-    ids: tuple[int, ...] = ()
-    """What is answered, as the model reads it."""
     edits: tuple[Edit, ...] = ()
     """What is changed while it is answered."""
     by: str = ""

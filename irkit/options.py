@@ -7,6 +7,8 @@ inclusive. A field's docstring is its help text.
 
 import difflib
 import inspect
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -33,6 +35,14 @@ Messages = Annotated[
 Tools = Annotated[
     Sequence[Mapping[str, Any]] | None,
     Field(description="Tools the model may call, as JSON schemas, if its chat template has a place for them."),
+]
+Think = Annotated[
+    bool | None,
+    Field(description="Whether to think before the answer, if the model can; if not given, its template says."),
+]
+Template = Annotated[
+    str | None,
+    Field(description="A chat template, in Jinja, to lay the conversation out with instead of the model's own."),
 ]
 System = Annotated[str | None, Field(description="What the model is told before the conversation.")]
 Edits = Annotated[
@@ -62,7 +72,7 @@ def _no_empty_stop(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 StopStrings = Annotated[
-    tuple[str, ...],
+    tuple[Annotated[str, Field(max_length=1000)], ...],
     BeforeValidator(_as_stop_strings),
     AfterValidator(_no_empty_stop),
     Field(max_length=64),
@@ -79,6 +89,17 @@ def _as_several(value: object) -> object:
     return (value,) if isinstance(value, int) else value
 
 
+def _as_format(value: object) -> object:
+    if value is None or value == "json":
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError('must be "json" or a JSON schema, as an object')
+    return dict(value)
+
+
+Format = Annotated[Literal["json"] | dict[str, Any] | None, BeforeValidator(_as_format)]
+"""What an answer must be: any JSON object, or what a JSON schema describes."""
+
 Strings = Annotated[
     tuple[Annotated[str, Field(max_length=200)], ...], BeforeValidator(_as_several), Field(max_length=1 << 12)
 ]
@@ -86,6 +107,38 @@ Strings = Annotated[
 Numbers = Annotated[tuple[int, ...], BeforeValidator(_as_several), Field(max_length=1 << 16)]
 """Likewise."""
 LogitBias = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-1e4, le=1e4)]]
+
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(rf"([-+]?)((?:\d+\.?\d*|\.\d+)(?:{'|'.join(_UNITS)}))+")
+
+
+def seconds(value: float | str) -> float:
+    """A time to keep something for, in seconds: a number of them, or as Go writes it (`1h30m`); below 0 is for ever.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        found = float(value)
+    except ValueError:
+        text = str(value)
+        if not (written := _DURATION.fullmatch(text)):
+            raise ValueError("must be seconds, or a duration such as 10m or 1h30m") from None
+        parts = re.findall(r"([\d.]+)([a-zµμ]+)", text)
+        found = (-1 if written[1] == "-" else 1) * sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if math.isnan(found):
+        raise ValueError("must be seconds, or a duration such as 10m or 1h30m")
+    return math.inf if found < 0 else found
+
+
+def _is_duration(value: Any) -> Any:
+    seconds(value)
+    return value
+
+
+KeepAlive = Annotated[float | str, AfterValidator(_is_duration)]
+"""How long a model stays in memory unused: see `seconds`."""
 
 
 class Options(BaseModel):
@@ -138,6 +191,8 @@ class GenerateOptions(SamplingOptions):
     """Makes the draws repeatable; -1 takes a new seed each time."""
     top_logprobs: int = Field(default=0, ge=0, le=20)
     """How many of the likeliest tokens to report beside each token."""
+    format: Format = None
+    """What the answer must be: "json" is any JSON object, and a JSON schema whatever it describes."""
 
 
 class LoadOptions(Options):
@@ -256,15 +311,29 @@ class LensOptions(Options):
     """Token positions to look at; negative ones count from the last; if not given, all."""
     k: int = Field(default=5, ge=1, le=1000)
     """How many of the likeliest tokens to keep at each place."""
+    budget: int | None = Field(default=None, ge=0, le=1 << 50)
+    """The most bytes that may be held meanwhile; half of the free memory, if not given."""
 
 
 class ServeOptions(Options):
-    """Where the server listens."""
+    """Where the server listens, to whom, and how much it takes on."""
 
     host: str = "127.0.0.1"
     """The address to listen on."""
     port: int = Field(default=11434, ge=0, le=65535)
     """The port to listen on; 0 takes a free one."""
+    api_key: str | None = Field(default=None, min_length=1, max_length=4096, pattern="^[!-~]+$", repr=False)
+    """What requests must carry, as Authorization: Bearer KEY; if not given, IRKIT_API_KEY of the environment."""
+    origins: Strings = ()
+    """Further origins whose web pages may use the server, such as https://chat.example; * is every one."""
+    parallel: int = Field(default=8, ge=1, le=64)
+    """Answers that are made at once; each has a KV cache of its own."""
+    max_queue: int = Field(default=256, ge=0, le=1 << 16)
+    """Requests that may wait beyond those; further ones are refused with status 503."""
+    memory: int | None = Field(default=None, ge=0, le=1 << 50)
+    """The most bytes that the models in memory may take together; if not given, three quarters of this machine's."""
+    keep_alive: Annotated[str, AfterValidator(_is_duration)] = "5m"
+    """How long a model stays in memory unused: seconds, or a duration such as 1h30m; below 0 is for ever."""
     budget: int = Field(default=1 << 28, ge=0, le=1 << 50)
     """The most bytes that what one request traces or captures may take; a request may ask for less."""
 
@@ -289,6 +358,8 @@ class BenchOptions(LoadOptions):
     """Keep one core busy with another process meanwhile."""
     serve: bool = False
     """Measure the servers too: one client, eight at once, and a short prompt while a long one is read."""
+    json_format: bool = False
+    """Measure too how fast irkit decodes what a JSON schema restricts, and what finding each token's rivals takes."""
 
 
 _Model = TypeVar("_Model", bound=Options)
@@ -305,7 +376,8 @@ def parse(model: type[_Model], given: Mapping[str, Any]) -> _Model:
     try:
         return model(**given)
     except ValidationError as error:
-        raise OptionError(explain(error, model.model_fields)) from None
+        where = error.errors(include_url=False)[0]["loc"]
+        raise OptionError(explain(error, model.model_fields), str(where[0])[:80] if where else None) from None
 
 
 def check(annotation: Any, name: str, value: Any) -> Any:
@@ -318,7 +390,7 @@ def check(annotation: Any, name: str, value: Any) -> Any:
         return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
         detail = error.errors(include_url=False)[-1]
-        raise OptionError(_sentence(name, detail)) from None
+        raise OptionError(_sentence(name, detail), name) from None
 
 
 def check_logit_bias(options: SamplingOptions, d_vocab: int) -> None:

@@ -73,6 +73,8 @@ class Stats:
     """Computing the prompt, up to the first token."""
     decode_seconds: float = 0.0
     """Making the tokens after the first."""
+    form_seconds: float = 0.0
+    """Of all these, finding which tokens `format` allows: the processor's, not the device's."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -99,8 +101,11 @@ class Generation:
     def __init__(
         self,
         cancel: Callable[[], None] = lambda: None,
+        prompt: Sequence[int] = (),
         change: Callable[[dict[str, Any]], None] = lambda options: None,
     ) -> None:
+        self.prompt = tuple(prompt)
+        """The token ids that it answers."""
         self._tokens: list[Token] = []
         self._tail = ""
         self._reason: FinishReason | None = None
@@ -199,6 +204,22 @@ class Generation:
     def done(self) -> bool:
         """Whether the answer has ended, in whatever way."""
         return self._reason is not None or self._error is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with an error."""
+        return self._error is not None
+
+    def when_done(self, call: "Callable[[Generation], Any]") -> None:
+        """Have `call` called with this once it has ended, in the engine's thread, which waits; at once if it has."""
+
+        def tell() -> None:
+            if self.done and tell in self._watchers:
+                self._watchers.discard(tell)
+                call(self)
+
+        self._watchers.add(tell)
+        tell()
 
     def wait(self) -> "Generation":
         """This, once the answer has ended.

@@ -32,8 +32,10 @@ from irkit.options import (
     ScoreOptions,
     ServeOptions,
     System,
+    Template,
     Text,
     Texts,
+    Think,
     TokenIds,
     TokenizeOptions,
     Tools,
@@ -102,6 +104,11 @@ class Session:
         return self._model
 
     @property
+    def n_ctx(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return self._cache.n_ctx
+
+    @property
     def defaults(self) -> GenerateOptions:
         """How answers are made where a call does not say: `irkit create` sets it for a model."""
         return self._generate_options({})
@@ -128,7 +135,14 @@ class Session:
 
     @accepts(GenerateOptions)
     def respond(
-        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        capture: Captures = None,
+        edits: Edits = None,
+        think: Think = None,
+        template: Template = None,
+        **options: Any,
     ) -> Generation:
         """Answer a conversation, laid out by the model's own chat template.
 
@@ -136,13 +150,25 @@ class Session:
 
         Raises:
             ContextFullError: the conversation does not fit the context.
-            OptionError: an option is unknown or out of bounds, or the template refuses the messages.
+            OptionError: an option is unknown or out of bounds, the template refuses the messages, or has no place for
+                tools or thinking.
+            ModelFileError: `template` is none.
         """
         parsed = self._generate_options(options)
         self.model.load()  # the template and the tokenizer go on beside it
-        messages, ids, stop = self._laid_out(messages, tools)
+        messages, ids, stop = self._laid_out(messages, tools, think, template)
         parsed = parsed.model_copy(update={"stop": (*parsed.stop, *stop)})
         return self._answer(ids, parsed, capture, edits, messages)
+
+    @python_only
+    def render(self, messages: Messages, tools: Tools = None, think: Think = None) -> str:
+        """A conversation as the text that `respond` has the model go on with.
+
+        Raises:
+            OptionError: the template refuses the messages, or has no place for tools or thinking.
+        """
+        conversation = self._conversation(messages, self.template, tools, think)
+        return self.template.render(conversation, tools=tools, think=think)
 
     @python_only
     @accepts(GenerateOptions)
@@ -157,10 +183,17 @@ class Session:
     @python_only
     @accepts(GenerateOptions)
     def arespond(
-        self, messages: Messages, tools: Tools = None, capture: Captures = None, edits: Edits = None, **options: Any
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        capture: Captures = None,
+        edits: Edits = None,
+        think: Think = None,
+        template: Template = None,
+        **options: Any,
     ) -> Generation:
         """`respond`, to be awaited or iterated with `async for`, as every `Generation` can be."""
-        return self.respond(messages, tools, capture, edits, **options)
+        return self.respond(messages, tools, capture, edits, think, template, **options)
 
     @accepts(TokenizeOptions)
     def tokenize(self, text: PlainText, **options: Any) -> list[int]:
@@ -187,7 +220,7 @@ class Session:
         """
         parsed = parse(ScoreOptions, options)
         ids, edits = self._ids(text, "text"), tuple(self._edits)
-        return self.model.score(ids, parsed.top_logprobs, self._cache.n_ctx, edits)
+        return self.model.score(ids, parsed.top_logprobs, self._cache.n_ctx, edits, self._pooled)
 
     @accepts(TraceOptions)
     def trace(self, texts: Texts, edits: Edits = None, **options: Any) -> Trace:
@@ -515,25 +548,38 @@ class Session:
         if self._observers:
             words = asked if isinstance(asked, str) or not all(isinstance(part, int) for part in asked) else None
             words = self.model.tokenizer.decode(ids) if words is None else words
-            event = Asked(words, options, made, self.name, tuple(ids), changes, ASKED_BY.get())
+            event = Asked(words, options, made, self.name, changes, ASKED_BY.get().request)
             for observer in tuple(self._observers):
                 observer(event)
         return notebook.ends_with_cell(made)
 
     def _laid_out(
-        self, messages: Any, tools: Any = None
+        self, messages: Any, tools: Any = None, think: bool | None = None, template: str | None = None
     ) -> tuple[Sequence[Mapping[str, Any]], list[int], tuple[str, ...]]:
         """A conversation as it is asked, as the model reads it, and the texts that end its answer.
 
         The plain format that stands in for a missing template ends a turn with words, not with a token.
         """
+        layout = self.template if template is None else self.model.template_of(template)
+        asked = self._conversation(messages, layout, tools, think)
+        return asked, layout.encode(self.model.tokenizer, asked, tools=tools, think=think), tuple(layout.stop)
+
+    def _conversation(self, messages: Any, layout: "ChatTemplate", tools: Any, think: bool | None) -> Any:
+        """The messages, with the system message of the model's name (`irkit create`) where there is no other.
+
+        Raises:
+            OptionError: the template has no place for tools or thinking.
+        """
+        if tools and not layout.takes_tools:
+            raise OptionError(f"model '{self.name}' does not support tools", "tools")
+        if think and not layout.forms.thinking:
+            raise OptionError(f"model '{self.name}' does not support thinking", "think")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         system = self._manifest.system if self._manifest else None
         if system and isinstance(messages, Sequence) and not any(map(_is_system, messages)):
             messages = [{"role": "system", "content": system}, *messages]
-        template = self.template
-        return messages, template.encode(self.model.tokenizer, messages, tools=tools), tuple(template.stop)
+        return messages
 
     def _generate_options(self, given: Mapping[str, Any]) -> GenerateOptions:
         return parse(GenerateOptions, {**self._own, **given})

@@ -356,13 +356,14 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether it is within the budget."""
-        return self.nbytes <= self.budget
+        """Whether both together are within the budget."""
+        return self.nbytes + self.cache <= self.budget
 
     def __str__(self) -> str:
-        rows = [f"{size(count):>9}  {name}" for name, count in sorted(self.by_name.items(), key=lambda item: -item[1])]
-        verdict = "within" if self.fits else "more than"
-        return "\n".join([*rows, f"{size(self.nbytes):>9}  in all, {verdict} the budget of {size(self.budget)}"])
+        found = {**self.by_name, "KV cache, meanwhile": self.cache}
+        rows = [f"{size(count):>9}  {name}" for name, count in sorted(found.items(), key=lambda item: -item[1])]
+        verdict, both = "within" if self.fits else "more than", size(self.nbytes + self.cache)
+        return "\n".join([*rows, f"{both:>9}  in all, {verdict} the budget of {size(self.budget)}"])
 
 
 def check_layers(trace: Trace, name: str) -> None:

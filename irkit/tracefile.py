@@ -14,7 +14,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -86,12 +86,13 @@ def save(trace: Trace, path: str | Path) -> None:
     from safetensors.numpy import save_file
 
     if not trace.provenance.sha256:
-        trace.provenance = replace(trace.provenance, sha256=_sha256(Path(trace.provenance.path)))
+        with suppress(OSError):  # the model's file may be gone
+            trace.provenance = replace(trace.provenance, sha256=sha256(Path(trace.provenance.path)))
     arrays = dict(_arrays(trace))
     text = _document(trace, arrays).model_dump_json()
     metadata = {_KEY: text, _CHECKSUM: str(zlib.crc32(text.encode()))}
     try:
-        with _replacing(Path(path)) as partial:
+        with replacing(Path(path)) as partial:
             save_file(arrays, partial, metadata)
     except (OSError, SafetensorError) as error:
         raise OptionError(f"{path}: the trace cannot be written: {error}") from None
@@ -249,12 +250,14 @@ def _crc32(array: np.ndarray) -> int:
     return zlib.crc32(array.data, zlib.crc32(start.encode()))
 
 
-def _sha256(path: Path) -> str:
-    try:
-        status = path.stat()
-        return _digest(path, status.st_mtime_ns, status.st_size)
-    except OSError:
-        return ""
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal; worked out once for each version of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    return _digest(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=16)
@@ -264,7 +267,7 @@ def _digest(path: Path, *version: int) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write, which takes its place when the block has succeeded."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

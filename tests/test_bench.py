@@ -37,14 +37,16 @@ def medians(told: dict[str, Any], engine: str) -> dict[tuple[str, int | None], f
 
 def test_the_command_tells_all_it_measured(model_path):
     words = ["--json", "--runs", 1, "--num-predict", 4, "--threads", 1, "--prompt-lengths", 1, "--prompt-lengths", 8]
-    command = [sys.executable, "-m", "irkit", "bench", model_path, *words, "--contexts", 8]
+    command = [sys.executable, "-m", "irkit", "bench", model_path, *words, "--contexts", 8, "--json-format"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [f"{model_path}: warming up", f"{model_path}: run 1 of 1"]
     (told,) = json.loads(done.stdout)
     found = medians(told, "irkit")
     expected = [("import", None), ("load", None), ("first_token", 1), ("prefill", 1), ("prefill", 8)]
-    assert list(found) == [*expected, ("decode", 8), ("of_bandwidth", 8), ("peak_memory", None)]
+    decoding = [("decode", 8), ("decode_json", 8), ("json_masks", 8), ("of_bandwidth", 8)]
+    assert list(found) == [*expected, *decoding, ("peak_memory", None)]
+    assert found["json_masks", 8] < 1 / found["decode_json", 8]
     assert all(0 < value < math.inf for value in found.values())
     # Every weight is read once a token, and the keys and values of the 8 to 12 tokens before it.
     reads = found["decode", 8] * (told["weight_bytes"] + 23_040 * 10)

@@ -130,7 +130,7 @@ def test_models_are_added_listed_and_removed(home, model_path):
     (model,) = json.loads(irkit_("list", "--json").stdout)
     assert (model["name"], model["path"], model["size"]) == ("mine", str(model_path), model_path.stat().st_size)
     table = irkit_("list").stdout.splitlines()
-    assert table[0].split() == ["NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "ADDED"]
+    assert table[0].split() == ["NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "ADDED", "FROM"]
     assert table[1].split()[:3] == ["mine", "98", "MB"]
     assert irkit_("detokenize", "mine", *irkit_("tokenize", "mine", "Hi there").stdout.split()).stdout == "Hi there\n"
     removed = irkit_("rm", "mine")

@@ -22,6 +22,11 @@ from irkit.widgets import controls
 # Options that are no number, choice or list of texts: a notebook's user sets them in Python.
 NO_CONTROL = {"logit_bias"}
 # Verbs whose route has Ollama's shape: their options are fields of an object in the body.
+OPENAI_ROUTES = [
+    ("respond", "/v1/chat/completions"),
+    ("generate", "/v1/completions"),
+    ("embed", "/v1/embeddings"),
+]
 OLLAMA_ROUTES = {"generate": "/api/generate", "respond": "/api/chat", "embed": "/api/embed"}
 
 
@@ -110,6 +115,13 @@ def test_ollama_shapes_say_the_same(verb, paths):
     options = [p for p in (*verbs()[verb].parameters, *load_parameters()) if p.option]
     assert schema.keys() == {option.name for option in options}
     for option in options:
+        assert_described(schema, option)
+
+
+@pytest.mark.parametrize(("verb", "path"), OPENAI_ROUTES)
+def test_openai_shapes_say_the_same(verb, path, paths):
+    schema = body(paths, path)
+    for option in [p for p in (*verbs()[verb].parameters, *load_parameters()) if p.option]:
         assert_described(schema, option)
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from irkit.analysis.inputs import Given, held_positions, one_text, places, token_id, value
 from irkit.edits import Chosen
-from irkit.errors import OptionError
+from irkit.errors import BudgetError, OptionError
 from irkit.results import columns
-from irkit.trace import Trace
+from irkit.trace import Trace, size
 
 if TYPE_CHECKING:
     import pandas
@@ -154,6 +154,7 @@ def logit_lens(
     embed: bool = False,
     layers: Chosen = None,
     edits: Any = None,
+    budget: int | None = None,
 ) -> LogitLens:
     """Read the stream that leaves each layer through the final norm and the unembedding (nostalgebraist 2020,
     "interpreting GPT: the logit lens").
@@ -166,6 +167,7 @@ def logit_lens(
         embed: Begin with the embeddings, before the first layer; a trace must hold `embed`.
         layers: Those to read; all that there are, if not given.
         edits: In force beside the session's, where a text is given.
+        budget: The most bytes that may be held meanwhile; half of the free memory, if not given.
 
     Raises:
         BudgetError, ContextFullError: the streams would take more memory than they may, or the text does not fit.
@@ -180,7 +182,7 @@ def logit_lens(
     if not isinstance(text_or_trace, Trace):
         count = len(session._ids(text_or_trace, "text"))
         kept = None if positions is None else choose(positions, count, "positions")
-        given = {"layers": sorted({*wanted, n_layers - 1}), "positions": kept, "edits": edits}
+        given = {"layers": sorted({*wanted, n_layers - 1}), "positions": kept, "edits": edits, "budget": budget}
     elif edits is not None:
         raise OptionError("edits: the trace was made with its own, or without")
     trace = one_text(session, text_or_trace, ("hook_embed", "resid_post") if embed else ("resid_post",), **given)
@@ -193,6 +195,11 @@ def logit_lens(
     shown = [layer for layer in held if layer in wanted]
     # The last layer is read in any case: the others' divergence is from it.
     read = [*shown, *([n_layers - 1] if n_layers - 1 not in shown else [])]
+    if budget is not None and (held_bytes := 8 * k * len(read) * len(chosen)) > budget:
+        raise BudgetError(
+            f"{k} tokens at {len(read)} layers and {len(chosen)} positions take {size(held_bytes)}, the budget is "
+            f"{size(budget)} (option budget, in bytes)"
+        )
     names = [*(["hook_embed"] if embed else []), *(f"blocks.{layer}.hook_resid_post" for layer in read)]
     where = places(trace, chosen)
     streams = np.stack([value(trace, name)[0][where] for name in names], axis=1)

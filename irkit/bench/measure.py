@@ -34,6 +34,8 @@ UNITS = {
     "first_token": "s",
     "prefill": "tokens/s",
     "decode": "tokens/s",
+    "decode_json": "tokens/s",
+    "json_masks": "s",
     "of_bandwidth": "",
     "peak_memory": "bytes",
     "serve": "tokens/s",
@@ -59,8 +61,10 @@ class Measure:
         """The median of an engine's runs."""
         return statistics.median(self.values[engine])
 
-    def ratio(self, peer: str) -> float:
-        """The median, over the runs, of irkit's value divided by the peer's."""
+    def ratio(self, peer: str) -> float | None:
+        """The median, over the runs, of irkit's value divided by the peer's; None where the peer has none."""
+        if peer not in self.values:
+            return None
         pairs = zip(self.values["irkit"], self.values[peer], strict=True)
         return statistics.median(ours / theirs for ours, theirs in pairs)
 
@@ -202,6 +206,10 @@ def _run(
             for worker in workers:
                 took = worker.ask(what="decode", tokens=tokens, count=count, seconds=seconds)
                 put(worker.engine, "decode", tokens, count / took)
+            if options.json_format:
+                request = {"tokens": tokens, "count": count, "seconds": seconds}
+                put("irkit", "decode_json", tokens, count / workers[0].ask(what="decode_json", **request))
+                put("irkit", "json_masks", tokens, workers[0].ask(what="json_masks", **request) / count)
         for worker in workers:
             put(worker.engine, "peak_memory", None, worker.ask(what="peak_memory"))
         return {worker.engine: worker.about for worker in workers}

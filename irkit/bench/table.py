@@ -14,6 +14,8 @@ _LABELS = {
     "first_token": "first token, prompt of {}",
     "prefill": "prefill of {}",
     "decode": "decode at context {}",
+    "decode_json": "decode by a JSON schema at {}",
+    "json_masks": "masks of that, a token, at {}",
     "of_bandwidth": "of memory bandwidth, at {}",
     "peak_memory": "peak memory",
     "serve": "serving {} at once",
@@ -41,8 +43,8 @@ def as_table(report: Report) -> "Table":
     for peer in peers:
         table.add_column(f"irkit / {peer}", justify="right")
     for measure in report.measures:
-        values = [_shown(measure, measure.median(engine)) for engine in report.engines]
-        ratios = [f"{measure.ratio(peer):.2f}" for peer in peers]
+        values = [_shown(measure, measure.median(e)) if e in measure.values else "" for e in report.engines]
+        ratios = ["" if (ratio := measure.ratio(peer)) is None else f"{ratio:.2f}" for peer in peers]
         table.add_row(_LABELS[measure.name].format(measure.tokens), *values, *ratios)
     return table
 
@@ -52,6 +54,8 @@ def _shown(measure: Measure, value: float) -> str:
         return f"{value:.0%}"
     if measure.name == "peak_memory":
         return f"{value / 1e6:,.0f} MB"
-    if measure.name in ("prefill", "decode", "serve"):
+    if measure.name == "json_masks":
+        return f"{value * 1e6:,.0f} µs"
+    if measure.name in ("prefill", "decode", "decode_json", "serve"):
         return f"{value:,.1f} tokens/s"
     return f"{value * 1000:,.0f} ms"

@@ -64,6 +64,20 @@ class Irkit:
         # The first token is prefill's.
         return self.session.generate(ids, num_predict=count + 1, **self._greedy).stats.decode_seconds
 
+    def decode_json(self, ids: Sequence[int], count: int) -> float:
+        """As `decode`, where a schema says which tokens may come."""
+        return self._in_json(ids, count).decode_seconds
+
+    def json_masks(self, ids: Sequence[int], count: int) -> float:
+        """Of that, the time in which it is found which tokens may come."""
+        return self._in_json(ids, count).form_seconds
+
+    def _in_json(self, ids: Sequence[int], count: int) -> Any:
+        fields = {"name": {"type": "string", "maxLength": 40}, "size": {"type": "number"}, "new": {"type": "boolean"}}
+        thing = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
+        endless = {"type": "array", "items": thing, "minItems": 1 << 20}
+        return self.session.generate(ids, num_predict=count + 1, format=endless, **self._greedy).stats
+
 
 class LlamaCpp:
     """llama.cpp, through the C functions that llama-cpp-python exports, measured as its own llama-bench does.
@@ -181,6 +195,9 @@ def answer(
     if what == "decode":
         same = ids(0)
         return repeat(lambda n: engine.decode(same, count), seconds)
+    if what in ("decode_json", "json_masks") and isinstance(engine, Irkit):
+        same, measure = ids(0), getattr(engine, what)
+        return repeat(lambda n: measure(same, count), seconds)
     return peak_memory()
 
 

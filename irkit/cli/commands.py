@@ -50,8 +50,7 @@ Prompt = Annotated[str | None, typer.Argument(help="What to ask; without it, a p
 
 
 def _model_names(incomplete: str) -> list[str]:
-    known = {model.name for model in hub.models()} | hub.CATALOG.keys()
-    return sorted(name for name in known if name.startswith(incomplete))
+    return [name for name in hub.names() if name.startswith(incomplete)]
 
 
 Output = Annotated[
@@ -250,10 +249,10 @@ def _list(in_json: Json = False) -> None:
     if in_json:
         print(json.dumps([asdict(model) for model in models], ensure_ascii=False, default=str))
         return
-    rows = [("NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "ADDED")]
+    rows = [("NAME", "SIZE", "PARAMETERS", "QUANTIZATION", "ADDED", "FROM")]
     for m in models:
         size, parameters = f"{m.size / 1e6:,.0f} MB", f"{m.parameters / 1e6:,.0f} M"
-        rows.append((m.name, size, parameters, m.quantization, f"{m.added_at:%Y-%m-%d}"))
+        rows.append((m.name, size, parameters, m.quantization, f"{m.added_at:%Y-%m-%d}", m.source or m.path.name))
     _print_table(rows)
 
 

@@ -19,6 +19,7 @@ import irkit
 from irkit import hub
 from irkit.cli import remote
 from irkit.errors import IrkitError
+from irkit.hub import registry
 from irkit.trace import size
 
 _LOW = 1 << 30
@@ -146,7 +147,7 @@ def _models() -> Iterator[Check]:
         mend = f"irkit rm {model.name}, and pull or add it again"
         if not model.path.is_file():
             yield Check("models", "broken", f"{model.name}: its file {model.path} is gone", mend)
-        elif model.path.stat().st_size != model.size:
+        elif not registry.is_whole(model):
             yield Check("models", "broken", f"{model.name}: {model.path} has changed since it was added", mend)
         else:
             try:

@@ -66,8 +66,9 @@ def convert(parameter: Parameter, given: Any) -> Any:
             raise OptionError(f"{name} must be KEY=VALUE, got {' '.join(words)!r}")
         value = dict(word.split("=", 1) for word in words)
     elif shape == "json" or _is_object(parameter.annotation, words):
+        content = _content(words[0], name)
         try:
-            value = from_json(words[0], allow_inf_nan=False)
+            value = from_json(content, allow_inf_nan=False)
         except ValueError as error:
             raise OptionError(f"{name} must be JSON: {error}") from None
     return check(parameter.annotation, name, value)
@@ -108,7 +109,7 @@ def _shape(annotation: Any) -> Shape:
     if bool in members:
         return "flag"
     for member in members:
-        if get_origin(member) in (dict, Mapping):
+        if get_origin(member) in (dict, Mapping) and len(members) == 1:
             return "pairs"
         if get_origin(member) in (tuple, Sequence):
             items = _members(get_args(member)[0])
@@ -124,8 +125,22 @@ def _is_object(annotation: Any, words: Sequence[str]) -> bool:
     members = _members(annotation)
     items = (get_args(member)[0] for member in members if get_origin(member) is Sequence)
     several = any(get_origin(item) is Mapping for item in items) and words[0].lstrip().startswith("[{")
-    one = any(get_origin(member) is Mapping for member in members) and words[0].lstrip().startswith("{")
+    # Where any text is allowed, one that begins with @ is just that.
+    begins = "{" if str in members else ("{", "@")
+    one = any(get_origin(member) in (dict, Mapping) for member in members) and words[0].lstrip().startswith(begins)
     return several or (one and len(words) == 1)
+
+
+def _content(word: str, name: str) -> str:
+    """The JSON that `word` is, or that is in the file which it names after an @."""
+    if not word.startswith("@"):
+        return word
+    try:
+        return Path(word[1:]).expanduser().read_text("utf-8")
+    except OSError as error:
+        raise OptionError(f"{name}: {word[1:]} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise OptionError(f"{name}: {word[1:]} is not UTF-8 text") from None
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
@@ -137,4 +152,6 @@ def _metavar(parameter: Parameter, shape: Shape) -> str:
         return f"{parameter.minimum}..{parameter.maximum}"
     if shape in ("json", "pairs"):
         return "JSON" if shape == "json" else "KEY=VALUE"
-    return "|".join(_choices(parameter.annotation)) or "TEXT"
+    members = _members(parameter.annotation)
+    objects = ["JSON|@FILE"] if str not in members and any(get_origin(member) is dict for member in members) else []
+    return "|".join([*_choices(parameter.annotation), *objects]) or "TEXT"

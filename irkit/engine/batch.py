@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from irkit.engine.runtime import BATCH
+from irkit.transformer.sampling import everything
 
 if TYPE_CHECKING:
     from irkit.engine.cache import Cache
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Decode:
-    """The step of an answer that reads `token` and draws the next `runtime.at_once`."""
+    """The step of an answer that reads `token` and draws the next `runtime.at_once`, or one of those `allowed`."""
 
     runtime: Runtime
     cache: Cache
@@ -30,6 +31,8 @@ class Decode:
     settings: Settings
     top: bool
     tapping: Tapping
+    allowed: np.ndarray | None = None
+    """A bit for each token that may be drawn: uint32 `[1, w]`."""
 
     @property
     def capacity(self) -> int:
@@ -42,7 +45,10 @@ class Decode:
         return id(self) if self.tapping else (id(self.runtime), self.capacity)
 
     def together(self, steps: Sequence[Decode]) -> list[tuple[Sampled, dict[str, Any]]]:
-        """What was drawn, `[token, 1]` on the host, and what was captured, for each of `steps`."""
+        """What was drawn, `[token, 1]` on the host, and what was captured, for each of `steps`.
+
+        Where one of them can draw but one token a call, so do those beside it.
+        """
         top = any(step.top for step in steps)
         several = len(steps) > 1 and self.runtime.can_batch(self.capacity, top)
         batches = _arranged(self.runtime, self.capacity, [step.cache for step in steps]) if several else []
@@ -57,8 +63,9 @@ def alone(step: Decode) -> tuple[Sampled, dict[str, Any]]:
     runtime, cache = step.runtime, step.cache
     arrays = room(runtime, cache, runtime.at_once)
     tokens, start = np.array([[step.token]], np.int32), np.array([len(cache.ids)], np.int32)
-    cache.arrays, sampled, captures = runtime.decode(arrays, tokens, start, step.settings, step.top, step.tapping)
-    return jax.device_get(sampled), captures
+    how = step.settings, step.top, step.tapping, step.allowed
+    cache.arrays, sampled, captures = runtime.decode(arrays, tokens, start, *how)
+    return sampled, captures
 
 
 class Batch:
@@ -101,12 +108,16 @@ class Batch:
         for other in {*filter(None, self.rows)} - {step.cache for step in steps}:
             self.give_back(other)
         tokens, start = np.zeros((BATCH, 1), np.int32), np.zeros(BATCH, np.int32)
-        settings = [steps[0].settings] * BATCH
+        settings, allowed = [steps[0].settings] * BATCH, None
+        if any(step.allowed is not None for step in steps):
+            allowed = everything(BATCH, self._runtime.config.d_vocab)
         for step in steps:
             row = self.rows.index(step.cache)
             tokens[row], start[row], settings[row] = step.token, len(step.cache.ids), step.settings
-        self._arrays, sampled, _ = self._runtime.decode(self._arrays, tokens, start, self._joined(settings), top)
-        drawn = jax.device_get(sampled)
+            if allowed is not None and step.allowed is not None:
+                allowed[row] = step.allowed
+        how = self._joined(settings), top, steps[0].tapping, allowed
+        self._arrays, drawn, _ = self._runtime.decode(self._arrays, tokens, start, *how)
         rows = {step.cache: self.rows.index(step.cache) for step in steps}
         return {cache: jax.tree.map(lambda x, row=row: x[:, row : row + 1], drawn) for cache, row in rows.items()}
 

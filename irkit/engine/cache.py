@@ -38,6 +38,8 @@ class Cache:
         self.ids: list[int] = []
         self.provenance: str | None = None
         """What edits went into it: None where there were none. What nothing else has is never reused: see `mark`."""
+        self.unedited = 0
+        """How many of the first tokens are as a clean cache would hold them, where it is none."""
         self._sharing: WeakSet[Cache] = WeakSet([self])
         self.closed = threading.Event()
         """Set when its session closes: what is still to be computed with it ends."""
@@ -56,7 +58,8 @@ class Cache:
         Nothing stays of what other edits went into: an edited cache never serves a clean run.
         """
         if provenance != self.provenance:
-            self.ids, self.provenance = [], provenance
+            del self.ids[0 if provenance else self.unedited :]
+            self.provenance, self.unedited = provenance, 0
         same = min(self.in_common(ids), len(ids) - 1)
         del self.ids[same:]
         return same
@@ -71,7 +74,7 @@ class Cache:
 
         Whatever has gone into it; where edits of this `provenance` are others, it is reused by nobody from then on.
         """
-        del self.ids[len(ids) - 1 :]
+        self.rewind(len(self.ids) - len(ids) + 1)
         if not self.ids:
             self.provenance = provenance
         elif provenance != self.provenance:
@@ -86,16 +89,19 @@ class Cache:
         kind, _, own = self.provenance.partition(":")
         return kind if own else "edited"
 
-    def mark(self, kind: str) -> None:
-        """Note what was done to it beside what was already: no prompt will find the same provenance again."""
+    def mark(self, kind: str, start: int | None = None) -> None:
+        """Note what was done to it, or will be, from the position `start` on, or its end, beside what was already: no
+        prompt will find the same provenance again, but for one without edits, which finds what is before that."""
+        before = len(self.ids) if self.provenance is None else self.unedited
+        self.unedited = before if start is None else min(before, start)
         kinds = {*kind.split(" and "), *self.kind.split(" and ")} - {"clean"}
         self.provenance = f"{' and '.join(sorted(kinds))}:{secrets.token_hex(8)}"
 
     def rewind(self, tokens: int) -> None:
-        """Forget the last `tokens`."""
-        del self.ids[len(self.ids) - tokens :]
-        if not self.ids:
-            self.provenance = None
+        """Forget the last `tokens`; where only what no edit went into is left, the cache is clean."""
+        del self.ids[max(len(self.ids) - tokens, 0) :]
+        if len(self.ids) <= self.unedited:
+            self.provenance, self.unedited = None, 0
 
     def fork(self) -> Cache:
         """Another cache of the same content, which shares the arrays until either is written to."""
@@ -106,7 +112,7 @@ class Cache:
     def adopt(self, other: Cache) -> None:
         """Hold what `other` holds, and share its arrays."""
         self.own(other.arrays)
-        self.ids, self.provenance = list(other.ids), other.provenance
+        self.ids, self.provenance, self.unedited = list(other.ids), other.provenance, other.unedited
         if other.arrays is not None:
             self._sharing = other._sharing
             self._sharing.add(self)
@@ -131,7 +137,7 @@ class Cache:
         if self.batch is not None:
             self.batch.forget(self)
         self.ids = []
-        self.provenance = None
+        self.provenance, self.unedited = None, 0
         self.own(None)
 
 
@@ -144,7 +150,8 @@ class Pool:
     def take(self, ids: Sequence[int], provenance: str | None, n_ctx: int) -> Cache:
         """A cache for an answer to `ids`: of the idle ones that begin most like it, or an empty one.
 
-        One that goes on beyond what they have in common stays, and is forked.
+        One that goes on beyond what they have in common stays, and is forked; so is one that leaves nothing of `ids` to
+        read but the last, as the same may be asked again.
         """
         best, most = None, 0
         for cache in self._idle:
@@ -153,7 +160,7 @@ class Pool:
                 best, most = cache, same
         if best is None:
             return Cache(n_ctx)
-        if most < len(best.ids):
+        if most < len(best.ids) or most >= len(ids) - 1:
             best = best.fork()
         else:
             self._idle.remove(best)
@@ -161,11 +168,17 @@ class Pool:
         return best
 
     def put(self, cache: Cache) -> None:
-        """Keep what an answer leaves; the oldest goes."""
+        """Keep what an answer leaves, in the place of what it begins with; the oldest goes."""
         if cache.ids:
+            self._idle = [other for other in self._idle if not _begins(cache, other)]
             self._idle.append(cache)
             del self._idle[:-KEPT]
 
     def clear(self) -> None:
         """Let go of all of them."""
         self._idle.clear()
+
+
+def _begins(cache: Cache, other: Cache) -> bool:
+    """Whether `cache` begins with all that `other` holds."""
+    return cache.provenance == other.provenance and cache.in_common(other.ids) == len(other.ids)

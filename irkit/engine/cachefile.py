@@ -6,11 +6,7 @@ of each array. The container is described at https://github.com/huggingface/safe
 
 from __future__ import annotations
 
-import hashlib
-import os
-import secrets
 import zlib
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from irkit.errors import ContextFullError, ModelFileError, OptionError
+from irkit.tracefile import replacing, sha256
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,8 +54,6 @@ def save(path: str | Path, model: Model, keys: np.ndarray, values: np.ndarray, i
 
     stored = _STORED[str(keys.dtype)][1]
     arrays = {"keys": keys.view(stored), "values": values.view(stored), "ids": np.array(ids, np.int32)}
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         document = _Document(
             format=1,
@@ -69,12 +64,10 @@ def save(path: str | Path, model: Model, keys: np.ndarray, values: np.ndarray, i
             provenance=kind,  # pyright: ignore[reportArgumentType]
             crc32={name: zlib.crc32(array.data) for name, array in arrays.items()},  # pyright: ignore[reportArgumentType]
         )
-        save_file(arrays, partial, {_KEY: document.model_dump_json()})
-        os.replace(partial, path)
+        with replacing(Path(path)) as partial:
+            save_file(arrays, partial, {_KEY: document.model_dump_json()})
     except (OSError, SafetensorError) as error:
         raise OptionError(f"{path}: the cache cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path, model: Model, dtype: str, n_ctx: int) -> tuple[np.ndarray, np.ndarray, list[int], Kind]:
@@ -142,15 +135,3 @@ def _checked(file: Any, document: _Document, model: Model, dtype: str) -> int:
         if found != (kind, shape) or more or not length:
             raise ValueError(f"{name} is {found[0]} {found[1]}, not {kind} {shape}")
     return length
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal; worked out once for each version of it."""
-    status = path.stat()
-    return _digest(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=16)
-def _digest(path: Path, *version: int) -> str:
-    with open(path, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

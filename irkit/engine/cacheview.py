@@ -159,7 +159,7 @@ class CacheView:
                 origin[: len(left)] = left
                 cache.own(runtime.result().move(cache.arrays, origin))
                 cache.ids = [cache.ids[position] for position in left]
-                cache.mark("dropped")
+                cache.mark("dropped", min(gone))
             else:
                 cache.rewind(len(gone))
 
@@ -191,7 +191,7 @@ class CacheView:
             cache.own(runtime.result().filled(keys, values, ids, cache.capacity(len(ids))))
             cache.ids = list(ids)
             if kind != "clean":
-                cache.mark(kind)
+                cache.mark(kind, 0)
 
         self._do(job)
 

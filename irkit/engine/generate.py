@@ -16,11 +16,13 @@ from irkit.engine.cache import AHEAD
 from irkit.engine.runtime import chunk
 from irkit.engine.stopping import StopStrings
 from irkit.engine.worker import DEVICE, Steps
+from irkit.errors import IrkitError
 from irkit.results import Alternative, FinishReason, Generation, Score, Stats, Token
 
 if TYPE_CHECKING:
     from irkit.engine.cache import Cache
     from irkit.engine.runtime import Runtime
+    from irkit.engine.structured import Form
     from irkit.engine.tapping import Tapping
     from irkit.options import GenerateOptions, SamplingOptions
     from irkit.tokenizer import Tokenizer
@@ -45,6 +47,7 @@ def generate(
     asked: float,
     tapping: Tapping,
     show: Shower,
+    form: Form | None,
     goes_on: bool = False,
     sampling: Callable[[], SamplingOptions] | None = None,
 ) -> Steps:
@@ -52,9 +55,9 @@ def generate(
 
     `asked` is when it was asked for, on `time.perf_counter`'s clock; whether it is `stopped` is looked at between
     steps, and between the chunks of a long prompt. `tapping` edits every pass, and captures from those that make a
-    token; `show` turns what was captured into what the token carries. With `goes_on`, what `cache`
-    holds begins `ids`, and is kept whatever edits went into it. `sampling` tells how the next token is to be drawn; if
-    not given, as `options` say.
+    token; `show` turns what was captured into what the token carries. `form` says which tokens may come. With
+    `goes_on`, what `cache` holds begins `ids`, and is kept whatever edits went into it. `sampling` tells how the next
+    token is to be drawn; if not given, as `options` say.
     """
     ready = first = last = time.perf_counter()
     sampling = sampling or (lambda: options)
@@ -78,9 +81,10 @@ def generate(
         if not several:
             if writer.count:
                 yield None
-            sampled, captures = yield from read(runtime, cache, new, settings, top, stopped, tapping)
+            sampled, captures = yield from read(runtime, cache, new, settings, top, stopped, tapping, form)
         elif not stopped():
-            sampled, captures = yield Decode(runtime, cache, new[0], settings, top, tapping)
+            allowed = form.allowed() if form else None
+            sampled, captures = yield Decode(runtime, cache, new[0], settings, top, tapping, allowed)
         if sampled is None:
             writer.reason = "cancelled"
         elif options.num_predict == 0:
@@ -91,7 +95,7 @@ def generate(
             if several:
                 cache.ids.extend(new)
             token = int(drawn.token[0])
-            text = writer.write(token)
+            text = writer.write(token, last=form is not None and form.take(token))
             last = time.perf_counter()
             first = last if writer.count == 1 else first
             likeliest = alternatives(tokenizer, *drawn.top, options.top_logprobs)
@@ -105,6 +109,7 @@ def generate(
         load_seconds=ready - asked,
         prefill_seconds=first - ready,
         decode_seconds=last - first,
+        form_seconds=form.seconds if form else 0.0,
     )
     generation._finish(writer.reason or "cancelled", stats, tail=writer.flush())
 
@@ -117,6 +122,7 @@ def read(
     top: bool,
     stopped: Callable[[], bool],
     tapping: Tapping,
+    form: Form | None,
 ) -> Generator[None, None, tuple[Sampled | None, dict[str, Any]]]:
     """Read `ids` into `cache`; what was drawn and captured after them, or None where `stopped()` between two chunks,
     when others have their turn."""
@@ -128,8 +134,9 @@ def read(
         if stopped():
             return None, {}
         start = len(cache.ids)
-        taps = tapping if start + len(part) == end else only_edits
-        cache.arrays, sampled, captures = runtime.read(arrays, part, start, settings, top, taps)
+        last = start + len(part) == end
+        taps, allowed = tapping if last else only_edits, form.allowed() if form and last else None
+        cache.arrays, sampled, captures = runtime.read(arrays, part, start, settings, top, taps, allowed)
         # jax returns before the work is done: without waiting, a whole prompt would be under way at once.
         sampled.token.block_until_ready()
     return sampled, captures
@@ -140,7 +147,7 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, options: GenerateOptions, room: int) -> None:
         """`room` is how many tokens the context has left."""
-        self._stream = tokenizer.stream(at_start=False)
+        self._stream = tokenizer.stream(at_start=False, markers=True)
         self._eog_ids = tokenizer.eog_ids
         self._stops = StopStrings(options.stop)
         self._limit = options.num_predict if options.num_predict >= 0 else math.inf
@@ -148,11 +155,11 @@ class Writer:
         self.count = 0
         self.reason: FinishReason | None = None
 
-    def write(self, token: int) -> str:
-        """What `token` adds to the text; sets `reason` if it is the last."""
+    def write(self, token: int, last: bool = False) -> str:
+        """What `token` adds to the text; sets `reason` if it is the last, which may be known already."""
         self.count += 1
         text = self._stops.push(self._stream.push(token))
-        if token in self._eog_ids or self._stops.found:
+        if token in self._eog_ids or self._stops.found or last:
             self.reason = "stop"
         elif self.count >= self._limit:
             self.reason = "length"
@@ -195,10 +202,22 @@ def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple
         done += len(part)
 
 
-def score(runtime: Runtime, tokenizer: Tokenizer, cache: Cache, ids: list[int], top: int, tapping: Tapping) -> Score:
-    """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
+def score(
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    cache: Cache,
+    ids: list[int],
+    top: int,
+    tapping: Tapping,
+    stopped: Callable[[], bool],
+) -> Generator[None, None, Score]:
+    """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place.
+
+    Others have their turn between two chunks, behind which it ends if `stopped()`, as in `embed`.
+    """
     tokens = [Token(ids[0], tokenizer.token(ids[0]), None)]
     for arrays, part in chunks(runtime, cache, ids[:-1]):
+        yield from _turn(stopped)
         start = len(cache.ids)
         targets = ids[start + 1 : start + 1 + len(part)]
         cache.arrays, *found = runtime.score(arrays, part, start, targets, tapping)
@@ -209,15 +228,29 @@ def score(runtime: Runtime, tokenizer: Tokenizer, cache: Cache, ids: list[int], 
     return Score(tuple(tokens))
 
 
-def embed(runtime: Runtime, cache: Cache, ids: list[int], pooling: str, tapping: Tapping) -> np.ndarray:
+def embed(
+    runtime: Runtime, cache: Cache, ids: list[int], pooling: str, tapping: Tapping, stopped: Callable[[], bool]
+) -> Generator[None, None, np.ndarray]:
     """The mean over `ids`, or the last, of the final normed hidden states: float32 `[d_model]`."""
     total = np.zeros(runtime.config.d_model, np.float32)
     last = total
     for arrays, part in chunks(runtime, cache, ids):
+        yield from _turn(stopped)
         cache.arrays, subtotal, last = runtime.pool(arrays, part, len(cache.ids), tapping)
         total = total + np.asarray(subtotal[0])
         last = np.asarray(last[0])
     return last if pooling == "last" else total / len(ids)
+
+
+def _turn(stopped: Callable[[], bool]) -> Generator[None, None, None]:
+    """Let others go on.
+
+    Raises:
+        IrkitError: nobody waits any more.
+    """
+    yield None
+    if stopped():
+        raise IrkitError("it was cancelled")
 
 
 def alternatives(tokenizer: Tokenizer, ids: Any, logprobs: Any, top: int) -> tuple[Alternative, ...]:

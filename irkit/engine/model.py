@@ -21,6 +21,7 @@ from irkit.engine.cache import Cache, Pool
 from irkit.engine.worker import DEVICE, Steps
 from irkit.errors import ContextFullError, ModelFileError, OptionError
 from irkit.garbage import uncollected
+from irkit.observing import ASKED_BY
 from irkit.options import (
     Backend,
     CacheType,
@@ -36,8 +37,11 @@ from irkit.options import (
 from irkit.results import Generation, Info, Score
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
     from irkit.edits import Edit
     from irkit.engine.runtime import Runtime
+    from irkit.engine.structured import Form
     from irkit.engine.tapping import Tapping
     from irkit.trace import Estimate, Trace
 
@@ -91,7 +95,30 @@ class Model:
         self.config = families.read_config(self.file)
         self._runtime: Future[Runtime] | None = None
         self._starting = threading.Lock()
+        self._vocabulary: LLTokenizer | None = None
+        self._indexing = threading.Lock()
         self._pool = Pool()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its weights take; an estimate, until they are loaded."""
+        if (runtime := self.loaded) is not None:
+            return runtime.nbytes
+        tensors = self.file.tensors.values()
+        packed = self.precision == "fast"
+        return sum(tensor.nbytes if packed else 4 * math.prod(tensor.shape) for tensor in tensors)
+
+    @property
+    def loading(self) -> bool:
+        """Whether its weights are loaded, or being loaded."""
+        runtime = self._runtime
+        return runtime is not None and not (runtime.done() and runtime.exception())
+
+    @property
+    def loaded(self) -> Runtime | None:
+        """What computes with the weights; None before they are in their place."""
+        runtime = self._runtime
+        return runtime.result() if runtime and runtime.done() and not runtime.exception() else None
 
     @cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
@@ -161,7 +188,8 @@ class Model:
 
         Raises:
             ContextFullError: `ids` leave no room in the context.
-            OptionError: there are no ids, or `logit_bias` names a token that does not exist.
+            OptionError: there are no ids, `logit_bias` names a token that does not exist, or `format` is no schema
+                that can be followed.
         """
         if not ids:
             raise OptionError("the prompt is empty, and the model has no token to begin a text with")
@@ -181,9 +209,10 @@ class Model:
             check_logit_bias(new, self.config.d_vocab)
             sampling = new
 
-        generation = Generation(cancelled.set, change)
+        generation = Generation(cancelled.set, ids, change)
         generation._most = options.num_predict if options.num_predict > 0 else None
         runtime = self.load()
+        form = self._form(options)
         seed = options.seed if options.seed >= 0 else secrets.randbits(63)
 
         def stopped() -> bool:
@@ -199,7 +228,7 @@ class Model:
                     mine.adopt(kept)
                     kept.clear()  # or the arrays would be shared, and copied
                 show = shower(self, taps, list(ids), mine, capture)
-                words = self.tokenizer, mine, list(ids), options, seed, generation, stopped, asked, taps, show
+                words = self.tokenizer, mine, list(ids), options, seed, generation, stopped, asked, taps, show, form
                 yield from generate(runtime.result(), *words, goes_on=kept is not None, sampling=lambda: sampling)
                 mine.leave_batch()
             except BaseException as error:
@@ -210,6 +239,18 @@ class Model:
 
         DEVICE.answer(steps, cancelled, *(() if pooled else (cache,)), *(() if kept is None else (kept,)))
         return generation
+
+    def _form(self, options: GenerateOptions) -> Form | None:
+        """What an answer is to look like, if that is asked for."""
+        if options.format is None:
+            return None
+        from irkit.engine import structured
+
+        grammar = structured.grammar(options.format)
+        with self._indexing:
+            if self._vocabulary is None:
+                self._vocabulary = structured.vocabulary(self.tokenizer)
+        return structured.Form(self._vocabulary, grammar)
 
     def _tapping(
         self,
@@ -260,18 +301,29 @@ class Model:
 
         return DEVICE.submit(job).result()
 
-    def score(self, ids: Sequence[int], top: int, n_ctx: int, edits: Sequence[Edit] = ()) -> Score:
-        """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place."""
+    def score(
+        self, ids: Sequence[int], top: int, n_ctx: int, edits: Sequence[Edit] = (), pooled: bool = False
+    ) -> Score:
+        """The log-probability of each of `ids` after those before it, with the `top` likeliest in its place.
+
+        Where it is `pooled`, an answer to the same text need not read it again.
+        """
         _check_fits(len(ids), n_ctx)
         taps = self._tapping(len(ids), None, edits)
-        runtime = self.load()
+        runtime, left = self.load(), ASKED_BY.get().left
 
-        def job() -> Score:
+        def steps() -> Steps:
             from irkit.engine.generate import score
 
-            return score(runtime.result(), self.tokenizer, Cache(n_ctx), list(ids), top, taps)
+            cache = Cache(n_ctx)
+            cache.provenance = taps.provenance
+            words = self.tokenizer, cache, list(ids), top, taps, left.is_set
+            found = yield from score(runtime.result(), *words)
+            if pooled:
+                self._pool.put(cache)
+            return found
 
-        return DEVICE.submit(job).result()
+        return DEVICE.answer(steps, left).result()
 
     def embed(
         self,
@@ -284,18 +336,19 @@ class Model:
         """One float32 vector a text, `[text, d_model]`."""
         for ids in texts:
             _check_fits(len(ids), n_ctx)
-        runtime = self.load()
+        runtime, left = self.load(), ASKED_BY.get().left
 
-        def job() -> np.ndarray:
+        def steps() -> Steps:
             from irkit.engine.generate import embed
 
             vectors = []
             for ids in texts:
                 taps = self._tapping(len(ids), None, edits)
-                vectors.append(embed(runtime.result(), Cache(n_ctx), list(ids), pooling, taps))
+                words = Cache(n_ctx), list(ids), pooling, taps, left.is_set
+                vectors.append((yield from embed(runtime.result(), *words)))
             return np.stack(vectors)
 
-        vectors = DEVICE.submit(job).result() if texts else np.zeros((0, self.config.d_model), np.float32)
+        vectors = DEVICE.answer(steps, left).result() if texts else np.zeros((0, self.config.d_model), np.float32)
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
         return vectors

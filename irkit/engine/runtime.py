@@ -23,6 +23,7 @@ from irkit.options import SamplingOptions
 from irkit.transformer import cache as kv
 from irkit.transformer import readings, sampling
 from irkit.transformer.cache import KVCache
+from irkit.transformer.decoder import Params
 from irkit.transformer.sampling import Sampled, Settings
 from irkit.transformer.taps import Operands, Spec
 
@@ -88,14 +89,17 @@ class Runtime:
         self.chunks = FEW_CHUNKS if self.packed else CHUNKS
         # An example for compiling: made once, since every step asks for its program.
         self._any_settings = sampling.settings([SamplingOptions()], [0], self.config.d_vocab)
+        self._any_token: dict[tuple[int, Device], jax.Array] = {}
         self._programs: dict[tuple[Any, ...], Future[Program]] = {}
         self._shapes_traced: dict[tuple[Any, ...], Any] = {}
         self._tapped: list[tuple[Any, ...]] = []
         self._compiling = threading.Lock()
         plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
-        self._shapes = jax.tree.map(self._shape, plans)
+        shapes = jax.tree.map(self._shape, plans)
         if self.layout:
-            self._shapes = self.layout.parameters(self._shapes)
+            shapes = self.layout.parameters(shapes)
+        joined = jax.ShapeDtypeStruct((weights.total(plans, packed=True),), jnp.uint8)
+        self._shapes = cpu.Joined(joined, shapes) if self.packed else shapes
         self._small = self.packed and weights.total(plans) <= _SMALL_BYTES
         # One thread, in the order of need: two would make the first program wait for the second.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
@@ -106,32 +110,31 @@ class Runtime:
         capacity = min(SMALLEST, model.config.n_ctx)
         self._background.submit(self._reader, 32, capacity, False)
         self.prepare(capacity, capacity, top=False)
-        total, placed = weights.total(plans), 0
-
-        def place(plan: weights.Plan, reading: Callable[[], np.ndarray], shape: Any) -> Any:
-            nonlocal placed
-            weight = self._place(plan, reading, shape)
-            placed += plan.nbytes
-            show(placed / total)
-            return weight
-
-        with ThreadPoolExecutor(thread_name_prefix="irkit-read") as pool:
-            values = weights.read(model.file, plans, kernels, pool)
-            self.params = jax.tree.map(place, plans, values, self._shapes)
+        memory, values = weights.read(model.file, plans, kernels, self.threads, show)
+        apart = jax.tree.map(partial(self._place, values), plans, shapes)
+        if self.packed:
+            packed = memory[: weights.total(plans, packed=True)]
+            self.params: Params = cpu.Joined(jax.device_put(packed, self.device), apart)
+        else:
+            self.params = apart
 
     def _shape(self, plan: weights.Plan) -> Any:
         shape = plan.weight.shape
-        if plan.form is not None:
-            rows, cols = shape
-            return cpu.Packed(jax.ShapeDtypeStruct((plan.nbytes,), jnp.uint8), plan.form, (rows, cols))
+        if plan.form is not None and plan.start is not None:
+            return cpu.Packed(None, plan.form, (shape[0], shape[1]), plan.start)
         return jax.ShapeDtypeStruct(shape, self.dtype if len(shape) == 2 else jnp.float32)
 
-    def _place(self, plan: weights.Plan, reading: Callable[[], np.ndarray], shape: Any) -> Any:
-        value = reading()
+    def _place(self, values: dict[str, np.ndarray], plan: weights.Plan, shape: Any) -> Any:
         if plan.form is not None:
-            rows, cols = plan.weight.shape
-            return cpu.Packed(jax.device_put(value, self.device), plan.form, (rows, cols))
+            return self._shape(plan)
+        value = values[plan.weight.name]
         return sharding.put(value.astype(shape.dtype, copy=False), shape.sharding or self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, as they lie on the device, or on all of this process's."""
+        leaves = jax.tree.leaves(self.params)
+        return sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
 
     @property
     def at_once(self) -> int:
@@ -142,6 +145,15 @@ class Runtime:
         """Sampling settings, on the device that draws."""
         made = sampling.settings([options], [seed], self.config.d_vocab)
         return self.layout.agreed(made) if self.layout else jax.device_put(made, self._drawer)
+
+    def _allowed(self, allowed: np.ndarray | None, rows: int = 1) -> np.ndarray | jax.Array:
+        """Which tokens may be drawn, any where it is None: those bits are put on the device that draws but once."""
+        if allowed is not None:
+            return allowed
+        key = rows, self.layout.whole if self.layout else self._drawer
+        if key not in self._any_token:
+            self._any_token[key] = sharding.put(sampling.everything(rows, self.config.d_vocab), key[1])
+        return self._any_token[key]
 
     def empty(self, capacity: int, rows: int = 1) -> KVCache:
         """A cache with room for `capacity` tokens in each row."""
@@ -194,26 +206,29 @@ class Runtime:
         settings: Settings,
         top: bool,
         tapping: Tapping = _NOTHING,
+        allowed: np.ndarray | None = None,
     ) -> tuple[KVCache, Sampled, dict[str, Any]]:
         """Read `ids`, which stand at `start` and after, and draw the token that follows them.
 
-        `top` asks for the `steps.TOP` likeliest tokens too. What `tapping` captures comes last.
+        `top` asks for the `steps.TOP` likeliest tokens too. What `tapping` captures comes last. `allowed`, uint32
+        `[1, w]`, has a bit for each token that may be drawn.
         """
         tokens, where = self._padded(ids, cache.capacity - start), (_one(start), _one(len(ids)))
         operands = tapping.operands(cache.capacity, start, len(ids))
         program = self._reader(tokens.shape[1], cache.capacity, top, tapping.spec, operands)
+        choice = settings, self._allowed(allowed)
         if self._drawer is self.device:
-            return self._call(program, cache, tokens, *where, settings, operands)
+            return self._call(program, cache, tokens, *where, *choice, operands)
         cache, logits, captures = self._call(program, cache, tokens, *where, operands)
         seen = jax.device_put((logits, cache.tokens), self._drawer)
         draw = self._program(
             sampling.sample,
             (cache.capacity,),
-            lambda: (*seen, _one(0), settings),
+            lambda: (*seen, _one(0), *choice),
             device=self._drawer,
             top=steps.TOP if top else 0,
         )
-        return cache, draw(*seen, _one(start + len(ids)), settings), captures
+        return cache, draw(*seen, _one(start + len(ids)), *choice), captures
 
     def decode(
         self,
@@ -223,12 +238,20 @@ class Runtime:
         settings: Settings,
         top: bool,
         tapping: Tapping = _NOTHING,
+        allowed: np.ndarray | None = None,
     ) -> tuple[KVCache, Sampled, dict[str, Any]]:
         """Read `tokens` `[b, 1]`, which stand at `start` `[b]`, and draw the next `at_once` of each row: the first
-        axis of the results."""
+        axis of the results.
+
+        With `allowed`, uint32 `[b, w]`, which has a bit for each token that may be drawn, only the first is drawn:
+        nobody knows yet what may follow it.
+        """
+        rows, count = len(tokens), self.at_once if allowed is None else 1
         operands = tapping.operands(cache.capacity, int(start[0]), 1)
-        program = self._decoder(cache.capacity, top, tapping.spec, operands, rows=len(tokens))
-        return self._call(program, cache, tokens, start, settings, operands)
+        program = self._decoder(cache.capacity, top, tapping.spec, operands, rows)
+        choice = settings, self._allowed(allowed, rows)
+        cache, sampled, captures = self._call(program, cache, tokens, start, np.int32(count), *choice, operands)
+        return cache, jax.tree.map(lambda drawn: drawn[:count], jax.device_get(sampled)), captures
 
     def _decoder(
         self,
@@ -240,7 +263,8 @@ class Runtime:
     ) -> Program:
         static = {"spec": spec, "top": steps.TOP if top else 0, "steps": self.at_once}
         settings = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self._any_settings)
-        return self._text_program(steps.decode, 1, capacity, settings, operands, rows=rows, **static)
+        rest = np.int32(0), settings, sampling.everything(rows, self.config.d_vocab), operands
+        return self._text_program(steps.decode, 1, capacity, *rest, rows=rows, **static)
 
     def can_batch(self, capacity: int, top: bool) -> bool:
         """Whether the programs are there that decode for several answers; if not, they are compiled beside what goes
@@ -278,7 +302,8 @@ class Runtime:
     ) -> Program:
         if self._drawer is not self.device:
             return self._text_program(steps.read, size, capacity, _one(0), operands, spec=spec)
-        rest, likeliest = (_one(0), self._any_settings, operands), steps.TOP if top else 0
+        rest = _one(0), self._any_settings, sampling.everything(1, self.config.d_vocab), operands
+        likeliest = steps.TOP if top else 0
         return self._text_program(steps.read_and_sample, size, capacity, *rest, spec=spec, top=likeliest)
 
     def score(

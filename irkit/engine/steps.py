@@ -1,12 +1,14 @@
 """The programs that the engine compiles: each reads some tokens into the cache and says something of them.
 
-Letters: b batch, t tokens of the call, v vocabulary. In all of them `tokens` `[b, t]` stand at positions
-`start` `[b]` and after; the first `count` `[b]` of them count, the rest is padding. `spec` and `operands` say what is
-captured and edited (`irkit.transformer.taps`).
+Letters: b batch, t tokens of the call, v vocabulary, w its words of 32 bits. In all of them `tokens` `[b, t]` stand
+at positions `start` `[b]` and after; the first `count` `[b]` of them count, the rest is padding. `spec` and `operands`
+say what is captured and edited (`irkit.transformer.taps`), `allowed` `[b, w]` which tokens may be drawn
+(`irkit.transformer.sampling`).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -19,7 +21,7 @@ from irkit.transformer.sampling import Sampled, Settings, sample
 from irkit.transformer.taps import Capture, Operands, Spec
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Int, UInt32
 
     from irkit.transformer.cache import KVCache
     from irkit.transformer.config import Config
@@ -54,6 +56,7 @@ def read_and_sample(
     start: Int[Array, " b"],
     count: Int[Array, " b"],
     settings: Settings,
+    allowed: UInt32[Array, "b w"],
     operands: Operands,
     *,
     config: Config,
@@ -63,7 +66,7 @@ def read_and_sample(
     """The token drawn after the last one that counts, and what was captured."""
     cache, logits, captures = read(params, cache, tokens, start, count, operands, config=config, spec=spec)
     its = kernels.of(params["embed"])
-    return cache, sample(logits, cache.tokens, start + count, settings, top=top, kernels=its), captures
+    return cache, sample(logits, cache.tokens, start + count, settings, allowed, top=top, kernels=its), captures
 
 
 def decode(
@@ -71,7 +74,9 @@ def decode(
     cache: KVCache,
     tokens: Int[Array, "b 1"],
     start: Int[Array, " b"],
+    count: Int[Array, ""],
     settings: Settings,
+    allowed: UInt32[Array, "b w"],
     operands: Operands,
     *,
     config: Config,
@@ -79,16 +84,24 @@ def decode(
     top: int,
     steps: int,
 ) -> tuple[KVCache, Sampled, dict[str, Any]]:
-    """`steps` tokens, each drawn and then read in turn: they are the first axis of what was drawn and captured."""
+    """`count` tokens, at most `steps`, each drawn and then read in turn: they are the first of the first axis of what
+    was drawn and captured, whose rest has no meaning."""
 
-    def step(state: tuple[KVCache, Array, Array], _: None) -> tuple[tuple[KVCache, Array, Array], Any]:
-        cache, tokens, start = state
+    @partial(jax.jit, inline=True)  # traced once, although its results' shapes are asked for before it is used
+    def step(cache: KVCache, tokens: Array, start: Array) -> tuple[KVCache, Sampled, dict[str, Any]]:
         one = jnp.ones_like(start)
         rest = {"config": config, "spec": spec, "top": top}
-        cache, sampled, captures = read_and_sample(params, cache, tokens, start, one, settings, operands, **rest)
-        return (cache, sampled.token[:, None], start + 1), (sampled, captures)
+        return read_and_sample(params, cache, tokens, start, one, settings, allowed, operands, **rest)
 
-    (cache, *_), (drawn, captures) = lax.scan(step, (cache, tokens, start), None, length=steps)
+    def go_on(index: Array, state: tuple[KVCache, Array, Array, Any]) -> tuple[KVCache, Array, Array, Any]:
+        cache, tokens, start, made = state
+        cache, *new = step(cache, tokens, start)
+        made = jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, index, 0), made, new)
+        return cache, new[0].token[:, None], start + 1, made
+
+    _, *shapes = jax.eval_shape(step, cache, tokens, start)
+    made = jax.tree.map(lambda shape: jnp.zeros((steps, *shape.shape), shape.dtype), shapes)
+    cache, _, _, (drawn, captures) = lax.fori_loop(0, count, go_on, (cache, tokens, start, made))
     return cache, drawn, captures
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from irkit.tokenizer.answers import overlap
+
 
 class StopStrings:
     """Passes text on until one of `stops` appears; holds back an ending that could become one."""
@@ -29,9 +31,3 @@ class StopStrings:
         """What is still held back, when no more text will come."""
         held, self._held = self._held, ""
         return held
-
-
-def overlap(text: str, stop: str) -> int:
-    """The length of the longest ending of `text` that is a beginning of `stop`, but not all of it."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)

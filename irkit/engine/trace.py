@@ -100,13 +100,14 @@ def check(
     longest = max(map(len, rows))
     fitting = 0
     for length in (size for size in (*CHUNKS, 1024, 2048, 4096, 8192) if size < longest):
-        by_name, _ = sizes(runtime, len(rows), length, tapping, options.logits)
-        fitting = length if sum(by_name.values()) <= found.budget else fitting
-    largest = max(found.by_name, key=lambda name: found.by_name[name])
+        by_name, cache = sizes(runtime, len(rows), length, tapping, options.logits)
+        fitting = length if sum(by_name.values()) + cache <= found.budget else fitting
+    largest = max(found.by_name, key=lambda name: found.by_name[name], default="")
+    alone = f" ({largest} alone {human(found.by_name[largest])})" if largest else ""
     hint = f"{fitting} tokens would fit" if fitting else "fewer names, layers or heads, or a reducer, would take less"
     raise BudgetError(
-        f"the trace would hold {human(found.nbytes)} ({largest} alone {human(found.by_name[largest])}), the budget is "
-        f"{human(found.budget)} (option budget, in bytes); {hint}"
+        f"the trace would hold {human(found.nbytes)}{alone}, and a KV cache of {human(found.cache)} meanwhile; the "
+        f"budget is {human(found.budget)} (option budget, in bytes); {hint}"
     )
 
 

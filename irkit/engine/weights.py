@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import Executor
-from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
@@ -22,8 +21,10 @@ if TYPE_CHECKING:
     from irkit.families import Weight
     from irkit.gguf import File
 
+Array: TypeAlias = np.ndarray[Any, Any]
 # What one thread reads at a time: enough not to wait for Python's lock often, little enough to be shared evenly.
-_BYTES_AT_ONCE = 8 << 20
+_BYTES_AT_ONCE = 24 << 20
+_CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Plan:
     weight: Weight
     form: str | None
     """The packed form, or None: float32."""
+    start: int | None = None
+    """The byte at which it begins in the memory of all; None for what is derived, and not read."""
 
     @property
     def nbytes(self) -> int:
@@ -60,27 +63,41 @@ def plan(file: File, weights: Any, kernels: CDLL | None) -> Any:
             return Plan(weight, None)
         return Plan(weight, packing.form_of(kernels, info.format, (info.shape[0], info.shape[1])))
 
-    return jax.tree.map(one, weights)
+    plans = jax.tree.map(one, weights)
+    starts, end = dict[str, int](), 0
+    for each in sorted(jax.tree.leaves(plans), key=lambda each: each.form is None):  # what is packed comes first
+        if each.weight.derive is None:
+            starts[each.weight.name] = end
+            end += -(-each.nbytes // _CACHE_LINE) * _CACHE_LINE
+    return jax.tree.map(lambda each: replace(each, start=starts.get(each.weight.name)), plans)
 
 
-def read(file: File, plans: Any, kernels: CDLL | None, pool: Executor) -> Any:
-    """Begin reading on the pool's threads: for each plan a function that waits for its value.
+def total(plans: Any, *, packed: bool = False) -> int:
+    """The memory in which the plans' parameters lie, or only those that are packed."""
+    chosen = [each for each in jax.tree.leaves(plans) if each.form is not None or not packed]
+    ends = [each.start + each.nbytes for each in chosen if each.start is not None]
+    return -(-max(ends, default=0) // _CACHE_LINE) * _CACHE_LINE
 
-    That is a float32 array, or a uint8 one of what is packed.
+
+def read(
+    file: File, plans: Any, kernels: CDLL | None, threads: int, show: Callable[[float], None]
+) -> tuple[Array, dict[str, Array]]:
+    """The memory of all parameters, as bytes, and the float32 ones by name, most of which lie in it.
+
+    Linux gives one large piece in large pages: touched for the first time, it costs a third of many small ones.
+    `show` is told now and then which fraction has been read.
     """
-    places = _places(plans)
-    parts = [pool.submit(_read, file, pieces, kernels, places) for pieces in _groups(plans)]
-
-    @cache
-    def values() -> dict[str, Any]:
-        return {name: value for part in parts for name, value in part.result().items()}
-
-    return jax.tree.map(lambda plan: lambda: values()[plan.weight.name], plans)
-
-
-def total(plans: Any) -> int:
-    """The memory that the plans' parameters take together."""
-    return sum(plan.nbytes for plan in jax.tree.leaves(plans))
+    size = total(plans)
+    memory = np.empty(size + _CACHE_LINE, np.uint8)
+    memory = memory[-memory.ctypes.data % _CACHE_LINE :][:size]  # as XLA wants it, or it would copy
+    values: dict[str, Array] = {}
+    groups = list(_groups(plans))
+    with ThreadPoolExecutor(threads, thread_name_prefix="irkit-read") as pool:
+        parts = [pool.submit(_read, file, pieces, kernels, memory) for pieces in groups]
+        for number, part in enumerate(parts, 1):
+            values |= part.result()
+            show(number / len(parts))
+    return memory, values
 
 
 def _groups(plans: Any) -> Iterator[list[tuple[Plan, range | None]]]:
@@ -101,14 +118,12 @@ def _groups(plans: Any) -> Iterator[list[tuple[Plan, range | None]]]:
     yield group
 
 
-def _read(
-    file: File, pieces: list[tuple[Plan, range | None]], kernels: CDLL | None, places: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """The values of some weights, by name."""
+def _read(file: File, pieces: list[tuple[Plan, range | None]], kernels: CDLL | None, memory: Array) -> dict[str, Any]:
+    """Read some parameters into their places; those that are not packed, by name."""
     values: dict[str, Any] = {}
     packed, tasks = [], []
     for plan, panels in pieces:
-        weight, room = plan.weight, places.get(plan.weight.name)
+        weight, room = plan.weight, None if plan.start is None else memory[plan.start : plan.start + plan.nbytes]
         if panels is None or kernels is None or room is None:
             out = None if room is None else room.view(np.float32).reshape(weight.shape)
             values[weight.name] = families.read_weight(file, weight, out)
@@ -118,7 +133,6 @@ def _read(
         rows, cols = info.shape
         packed.append(weight.name)
         tasks.append(packing.task(kernels, file.raw(weight.name), info.format, (rows, cols), room, order, panels))
-        values[weight.name] = room
     if kernels is not None and not all(fits := packing.pack_all(kernels, tasks)):
         raise UnsupportedModelError(
             f"{file.path}: tensor {packed[fits.index(False)]!r} has scales too large for the CPU kernels; "
@@ -127,19 +141,3 @@ def _read(
     for name in packed:
         file.forget(name)  # both copies of a model need not be in memory at once
     return values
-
-
-def _places(plans: Any) -> dict[str, np.ndarray]:
-    """Room for each tensor in one piece of memory, each at a multiple of 64 bytes, as XLA wants it.
-
-    Linux gives one large piece in large pages: touched for the first time, it costs a third of many small ones.
-    """
-    found = [plan for plan in jax.tree.leaves(plans) if plan.weight.derive is None]
-    sizes = [-(-plan.nbytes // 64) * 64 for plan in found]
-    arena = np.empty(sum(sizes) + 64, np.uint8)
-    start = -arena.ctypes.data % 64
-    places = {}
-    for plan, size in zip(found, sizes, strict=True):
-        places[plan.weight.name] = arena[start : start + plan.nbytes]
-        start += size
-    return places

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import atexit
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
+from irkit.observing import ASKED_BY
+
 _Result = TypeVar("_Result")
 
-# LLVM, which compiles on this thread, needs more than the 512 kB that macOS gives a thread.
+# What compiles, LLVM on the device's thread or llguidance, needs more than the 512 kB that macOS gives a thread.
 _STACK_BYTES = 64 << 20
+_starting = threading.Lock()
 
 MOST = 8
-"""Answers that are made at once; more of them wait for their turn."""
+"""Answers that are made at once unless a server says otherwise; more of them wait for their turn."""
+
+
+_REMEMBERED = 256
+"""Clients of which it is known when they were served last."""
+
+
+def start_deep(thread: threading.Thread) -> None:
+    """Start `thread` with a stack of 64 MB, of which what it does not touch takes no memory."""
+    with _starting:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
 
 
 class Step(Protocol):
@@ -32,7 +50,7 @@ class Step(Protocol):
         ...
 
 
-Steps = Generator[Step | None, Any, None]
+Steps = Generator[Step | None, Any, Any]
 """An answer in the making: it yields a step and is sent its result, or None where others may go on for a while."""
 
 
@@ -45,6 +63,7 @@ class _Task:
     uses: tuple[object, ...]
     """What no other task may touch before this one has ended."""
     answers: bool
+    client: str
     steps: Steps | None = None
     wants: Step | None = None
 
@@ -53,9 +72,11 @@ class Worker:
     """A queue of jobs and answers, and the one thread that computes them.
 
     Jobs are done one after the other, answers a step at a time in turn. What uses the same things keeps its order.
+    Where answers wait, the client goes first that has the fewest: one that asks for much does not keep out the others.
     """
 
     def __init__(self) -> None:
+        self.most = MOST
         self._arrived: SimpleQueue[_Task] = SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -63,23 +84,29 @@ class Worker:
         self._open: set[_Task] = set()
         self._waiting: list[_Task] = []
         self._running: list[_Task] = []
+        self._served: list[str] = []
 
     def submit(self, job: Callable[[], _Result], *uses: object) -> Future[_Result]:
         """Queue `job`; its result or exception arrives in the future."""
-        return self._put(_Task(job, Future(), threading.Event(), uses, answers=False))
+        return self._put(_Task(job, Future(), threading.Event(), uses, answers=False, client=""))
 
-    def answer(self, begin: Callable[[], Steps], cancelled: threading.Event, *uses: object) -> Future[None]:
-        """Queue an answer, whose steps `begin` gives.
+    def answer(self, begin: Callable[[], Steps], cancelled: threading.Event, *uses: object) -> Future[Any]:
+        """Queue an answer, whose steps `begin` gives; what they return at their end arrives in the future.
 
         `cancelled` is set when the interpreter exits, so that an answer that looks at it between its steps
         does not hold up the exit.
         """
-        return self._put(_Task(begin, Future(), cancelled, uses, answers=True))
+        return self._put(_Task(begin, Future(), cancelled, uses, answers=True, client=ASKED_BY.get().client))
 
     @property
     def queued(self) -> int:
         """How many answers have not begun yet."""
         return sum(task.answers for task in tuple(self._open)) - len(self._running)
+
+    @property
+    def running(self) -> int:
+        """How many answers are being made."""
+        return len(self._running)
 
     @property
     def crowded(self) -> bool:
@@ -95,12 +122,8 @@ class Worker:
         return task.future
 
     def _start(self) -> None:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            self._thread = threading.Thread(target=self._loop, name="irkit-device", daemon=True)
-            self._thread.start()
-        finally:
-            threading.stack_size(before)
+        self._thread = threading.Thread(target=self._loop, name="irkit-device", daemon=True)
+        start_deep(self._thread)
         atexit.register(self._stop)
 
     def _loop(self) -> None:
@@ -122,18 +145,34 @@ class Worker:
     def _begin(self) -> None:
         """Do the jobs that can be done, and begin the answers that can begin."""
         taken = {id(used) for task in self._running for used in task.uses}
-        waiting, self._waiting = self._waiting, []
-        for task in waiting:
+        kept = set[_Task]()
+        for task in self._in_turn():
             mine = {id(used) for used in task.uses}
-            full = task.answers and len(self._running) >= MOST and not task.cancelled.is_set()
+            full = task.answers and len(self._running) >= self.most and not task.cancelled.is_set()
             if full or mine & taken:
                 taken |= mine  # what was asked later must not overtake it
-                self._waiting.append(task)
+                kept.add(task)
             elif task.answers:
                 taken |= mine
                 self._running.append(task)
+                self._served = [client for client in self._served if client != task.client][-_REMEMBERED:]
+                self._served.append(task.client)
             else:
                 self._end(task, *_outcome(task.begin))
+        self._waiting = [task for task in self._waiting if task in kept]
+
+    def _in_turn(self) -> list[_Task]:
+        """What waits, in the order in which it may begin: an answer behind as many as its client has before it, and of
+        those with as many, the client's last that was served last."""
+        before = Counter(task.client for task in self._running)
+        served = {client: turn for turn, client in enumerate(self._served, 1)}
+        turns = dict[_Task, tuple[int, int]]()
+        for task in self._waiting:
+            turns[task] = 0, 0
+            if task.answers and not task.uses:  # all else keeps its order
+                turns[task] = before[task.client], served.get(task.client, 0)
+                before[task.client] += 1
+        return sorted(self._waiting, key=turns.__getitem__)
 
     def _go_on(self) -> None:
         """One part of an answer that computes by itself, and a step of all that decode."""
@@ -158,8 +197,8 @@ class Worker:
         try:
             steps = task.steps = task.steps or task.begin()
             task.wants = steps.throw(error) if error else steps.send(result)
-        except StopIteration:
-            self._end(task, None, None)
+        except StopIteration as end:
+            self._end(task, end.value, None)
         except BaseException as failure:  # the future's reader must learn of it, whatever it is
             self._end(task, None, failure)
 

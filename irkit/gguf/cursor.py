@@ -4,6 +4,9 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from irkit.errors import ModelFileError
 
 U32 = struct.Struct("<I")
@@ -64,10 +67,40 @@ class Cursor:
 
     def skip_strings(self, count: int, where: str) -> None:
         """Moves past `count` strings."""
-        # Vocabularies run to 262,144 strings: this loop is most of the time that opening a file takes.
+        # Vocabularies run to 262,144 strings: this is most of the time that opening a file takes.
+        done = 0
+        while left := count - done:
+            starts = string_starts(self.data[self.position :][:_AT_ONCE])[: left + 1]
+            if len(starts) < _FEWEST:
+                break
+            done += len(starts) - 1
+            self.position += int(starts[-1])
         data, size, position, unpack = self.data, len(self.data), self.position, U64.unpack_from
-        for index in range(count):
+        for index in range(done, count):
             start = position
             if start + U64.size > size or (position := start + U64.size + unpack(data, start)[0]) > size:
                 raise self.error(f"{where}, string {index}", start, "it reaches past the end of the file")
         self.position = position
+
+
+# Bytes that `skip_strings` looks at together, and strings it must find in them for that to be quicker than one by one.
+_AT_ONCE, _FEWEST = 1 << 15, 64
+
+
+def string_starts(data: memoryview) -> npt.NDArray[np.intp]:
+    """Where, in bytes that begin with a string, the first strings start: as many as are easily found.
+
+    Each but the last is a whole string, and the next one starts where it ends. They are found by the seven bytes of
+    zero in the length of a string that has less than 256.
+    """
+    zero = (raw := np.frombuffer(data, np.uint8)) == 0
+    last = len(raw) - U64.size + 1
+    if last <= 0:
+        return np.zeros(0, np.intp)
+    upper = zero[1 : last + 1].copy()
+    for byte in range(2, U64.size):
+        upper &= zero[byte : last + byte]
+    starts = np.flatnonzero(upper)
+    follows = starts[1:] == starts[:-1] + U64.size + raw[starts[:-1]]
+    sound = len(follows) if follows.all() else int(follows.argmin())
+    return starts[: sound + 1] if len(starts) and starts[0] == 0 else starts[:0]

@@ -5,6 +5,7 @@ Source of the layout: the GGUF specification (docs/gguf.md in ggml-org/ggml).
 
 import reprlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, get_origin, overload
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from irkit.errors import ModelFileError
-from irkit.gguf.cursor import U32, U64, Cursor, shown
+from irkit.gguf.cursor import U32, U64, Cursor, shown, string_starts
 
 Value: TypeAlias = int | float | bool | str | npt.NDArray[Any] | list[str]
 
@@ -166,6 +167,16 @@ def _read_entry(cursor: Cursor, where: str) -> Entry:
 
 
 def _strings(raw: bytes, count: int) -> list[str]:
+    # Nearly always each length can be made one byte of zero, which separates what is then decoded in one piece.
+    starts = string_starts(memoryview(raw))
+    if len(starts) == count:
+        text = np.frombuffer(raw, np.uint8).copy()
+        text[starts] = 0
+        kept = text != 0
+        if np.count_nonzero(kept) == len(raw) - U64.size * count:
+            kept[starts] = True
+            with suppress(UnicodeDecodeError):
+                return str(text[kept].data, "utf-8").split("\0")[1:]
     strings = []
     position = 0
     for _ in range(count):

@@ -1,15 +1,17 @@
 """Models by name: the registry of those on this machine, and how others get here.
 
-A model is registered in place with `add`, or fetched with `pull`. `resolve` finds the file of a model, and
-`ensure` fetches it first if irkit knows where it is.
+A model is registered in place with `add`, or fetched with `pull`; those of Ollama, LM Studio and the Hugging Face cache
+are found where they lie. `resolve` finds the file of a model, and `ensure` fetches it first if irkit knows where it is.
 """
 
 from irkit.hub.catalog import CATALOG
+from irkit.hub.checked import as_jinja
 from irkit.hub.create import blob, blob_writer, copy, create
 from irkit.hub.download import Progress
+from irkit.hub.lookup import find, manifest, models, names, remove, resolve
 from irkit.hub.modelfile import Modelfile, read_modelfile
-from irkit.hub.pull import ensure, pull
-from irkit.hub.registry import Manifest, add, find, home, manifest, models, remove, resolve
+from irkit.hub.pull import ensure, pull, pulled
+from irkit.hub.registry import Manifest, add, home
 
 __all__ = [
     "CATALOG",
@@ -17,6 +19,7 @@ __all__ = [
     "Modelfile",
     "Progress",
     "add",
+    "as_jinja",
     "blob",
     "blob_writer",
     "copy",
@@ -26,7 +29,9 @@ __all__ = [
     "home",
     "manifest",
     "models",
+    "names",
     "pull",
+    "pulled",
     "read_modelfile",
     "remove",
     "resolve",

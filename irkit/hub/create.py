@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,16 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from irkit.errors import IrkitError, ModelFileError, OptionError
-from irkit.hub import gotemplate, registry
+from irkit.errors import IrkitError, OptionError
+from irkit.hub import lookup, registry
+from irkit.hub.checked import checked_options, checked_template
 from irkit.hub.download import check_space
-from irkit.options import GenerateOptions, LoadOptions, parse
 
-# What Ollama's models may set, and that has no meaning here.
-_IGNORED = re.compile(
-    "mirostat(_tau|_eta)?|tfs_z|penalize_newline|num_(keep|gpu|gqa|thread|batch)|main_gpu|low_vram|f16_kv|numa|"
-    "logits_all|vocab_only|use_m(map|lock)|embedding_only|draft_num_predict"
-)
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 
 
@@ -49,8 +43,8 @@ def create(
     if isinstance(source, registry.Manifest):
         base = source
     else:
-        path = registry.resolve(source)
-        base = registry.manifest(source) or registry.describe(Path(os.path.abspath(path)), name)
+        path = lookup.resolve(source)
+        base = lookup.manifest(source) or registry.describe(Path(os.path.abspath(path)), name)
     given = checked_options(options or {})
     return registry.put(
         replace(
@@ -72,46 +66,10 @@ def copy(source: str, name: str) -> registry.Manifest:
         ModelNotFoundError: there is no model `source`.
         OptionError: a name cannot be a model's name, or `name` is that of the only model with a file irkit fetched.
     """
-    manifest = registry.find(source)
+    manifest = lookup.find(source)
     if manifest is None:
-        raise registry.not_found(source)
+        raise lookup.not_found(source)
     return registry.put(replace(manifest, name=name.lower(), added_at=datetime.now(UTC)))
-
-
-def checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` as JSON values; those that only Ollama has are left out, with a warning.
-
-    Raises:
-        OptionError: an option is unknown, of the wrong type or out of bounds.
-    """
-    ignored = [name for name in given if _IGNORED.fullmatch(name)]
-    if ignored:
-        warnings.warn(f"without meaning here, and left out: {', '.join(ignored)}", stacklevel=3)
-    load = {name: value for name, value in given.items() if name == "num_ctx"}
-    rest = {name: value for name, value in given.items() if name not in (*ignored, "num_ctx")}
-    parsed = parse(GenerateOptions, rest), parse(LoadOptions, load)
-    return {name: value for each in parsed for name, value in each.model_dump(mode="json", exclude_unset=True).items()}
-
-
-def checked_template(source: str) -> str | None:
-    """`source` as Jinja; None, with a warning, for a Go template that has no simple counterpart in it.
-
-    Raises:
-        OptionError: it is no template.
-    """
-    from irkit.tokenizer.sandbox import compile_template
-
-    if gotemplate.is_go(source):
-        found = gotemplate.to_jinja(source)
-        if found is None:
-            warnings.warn("the template, a Go one, cannot be read here; the model file's own is used", stacklevel=3)
-            return None
-        source = found
-    try:
-        compile_template(source)
-    except ModelFileError as error:
-        raise OptionError(str(error)) from None
-    return source
 
 
 def blob(digest: str) -> Path | None:

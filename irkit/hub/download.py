@@ -2,26 +2,27 @@
 
 The bytes go to a `.partial` file; beside it a `.partial.json` keeps what the server said of the file, so that
 a later process can go on where this one was killed. A range is asked for with If-Range (RFC 9110, section
-13.1.5): a server whose file has changed sends all of it, and the download starts over.
+13.1.5): a server whose file has changed sends all of it, and the download starts over. A large file is fetched in
+pieces, several at the same time, where the server can send ranges.
 """
 
-import email.utils
 import hashlib
 import json
 import os
 import queue
-import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from irkit.errors import PullError
 from irkit.hub.addresses import open_client
+from irkit.hub.answers import TryAgainError, check_status, linked_digest, strong_etag, total_size
+from irkit.hub.pieces import PIECE, NotAsAskedError, can_divide, fetch, length
 
 if TYPE_CHECKING:
     import httpx
@@ -35,10 +36,8 @@ ANSWER_SECONDS = 5.0
 TRIES = 4
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
-
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
+# Bytes of pieces after which what is here is written down: a process that is killed loses no more.
+_NOTED_EVERY = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ class _Remote:
     etag: str | None
     size: int | None
     sha256: str | None
+    pieces: dict[int, int] | None = None
+    """How many bytes of each piece are here, where several are fetched at once; else the file begins with what is."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,12 @@ class _Job:
     sha256: str | None
     present: str | None
     report: Callable[[int, int | None], None]
+    in_order: threading.Event
+    """Set once the server has turned out to send no ranges as they are asked for."""
 
 
 class _WrongBytesError(Exception):
     """All bytes are here, but they do not have the digest they should have."""
-
-
-class _TryAgainError(Exception):
-    """This try failed, the next may not; `wait` is how many seconds the server asked for."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
 
 
 def download(
@@ -100,7 +95,7 @@ def download(
     import httpx
 
     report = progress or (lambda done, total, what: None)
-    job = _Job(url, partial, size, sha256, present, lambda done, total: report(done, total, what))
+    job = _Job(url, partial, size, sha256, present, lambda done, total: report(done, total, what), threading.Event())
     try:
         with open_client(url, headers, allow_private=allow_private) as client:
             try:
@@ -120,6 +115,7 @@ def download(
 def discard(partial: Path) -> None:
     """Deletes a partial file and what is known of it."""
     _sidecar(partial).unlink(missing_ok=True)
+    _sidecar(partial).with_name(_sidecar(partial).name + ".tmp").unlink(missing_ok=True)
     partial.unlink(missing_ok=True)
 
 
@@ -190,10 +186,10 @@ def _complete(client: "httpx.Client", job: _Job) -> _Remote:
             # A server that has never been reached is not there; one that has been may come back.
             if before == 0:
                 raise
-            problem = _TryAgainError(str(error) or "no connection")
+            problem = TryAgainError(str(error) or "no connection")
         except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
-            problem = _TryAgainError(str(error) or type(error).__name__)
-        except _TryAgainError as error:
+            problem = TryAgainError(str(error) or type(error).__name__)
+        except TryAgainError as error:
             problem = error
         _, after = _resumable(job)
         failures = 0 if after > before else failures + 1
@@ -208,33 +204,86 @@ def _try_once(client: "httpx.Client", job: _Job) -> _Remote:
     remote, offset = _resumable(job)
     if remote is not None and offset == remote.size:
         return remote
+    if remote is not None and remote.pieces is not None:
+        return _fetch_pieces(client, job, remote)
     # Compressed bytes could neither be resumed nor counted.
     headers = {"Accept-Encoding": "identity"}
     if remote is not None and remote.etag and offset:
         headers |= {"Range": f"bytes={offset}-", "If-Range": remote.etag}
     with client.stream("GET", job.url, headers=headers) as response:
-        _check_status(response, job)
-        total = _total_size(response, offset)
+        if response.status_code == 416:
+            discard(job.partial)
+            raise TryAgainError("the server has fewer bytes than are here")
+        check_status(response, job.url)
+        total = total_size(response, offset)
         if response.status_code == 206 and not (remote and total and _continues(response, remote, total)):
             discard(job.partial)
-            raise _TryAgainError("the server sends another range than was asked for")
+            raise TryAgainError("the server sends another range than was asked for")
         if None not in (job.size, total) and total != job.size:
             raise PullError(f"{response.url.host} has a file of {total} bytes, not of {job.size} bytes")
         total = job.size if total is None else total
         if remote is None or response.status_code == 200:
             offset = 0
-            remote = _Remote(job.url, _strong_etag(response), total, job.sha256 or _linked_digest(response))
+            remote = _Remote(job.url, strong_etag(response), total, job.sha256 or linked_digest(response))
             if remote.sha256 is not None and remote.sha256 == job.present:
                 return remote
         check_space(job.partial.parent, (total or 0) - offset)
-        _write(response, job, remote, offset, total)
-    return remote
+        in_pieces = not offset and can_divide(response, total) and not job.in_order.is_set()
+        if not in_pieces:
+            _write(response, job, remote, offset, total)
+    return _fetch_pieces(client, job, replace(remote, pieces={})) if in_pieces else remote
+
+
+def _fetch_pieces(client: "httpx.Client", job: _Job, remote: _Remote) -> _Remote:
+    """Fetches the pieces that are missing, several at the same time."""
+    assert remote.etag
+    assert remote.size
+    assert remote.pieces is not None
+    here, noted = dict(remote.pieces), sum(remote.pieces.values())
+    check_space(job.partial.parent, remote.size - noted)
+    if not here:
+        job.partial.write_bytes(b"")
+        _note(job, remote)
+
+    def note() -> None:
+        nonlocal noted
+        done = sum(here.values())
+        job.report(done, remote.size)
+        if done - noted >= _NOTED_EVERY:
+            noted = done
+            _note(job, replace(remote, pieces=here))
+
+    try:
+        fetch(client, job.url, job.partial, remote.etag, remote.size, here, note)
+    except NotAsAskedError as error:
+        job.in_order.set()
+        here.clear()
+        raise TryAgainError(str(error)) from None
+    finally:
+        if here:
+            _note(job, replace(remote, pieces=here))
+        else:
+            discard(job.partial)
+    return replace(remote, pieces=here)
+
+
+def _note(job: _Job, remote: _Remote) -> None:
+    """Keeps what is known of the partial file, whole at every moment."""
+    sidecar = _sidecar(job.partial)
+    temporary = sidecar.with_name(sidecar.name + ".tmp")
+    temporary.write_text(json.dumps(asdict(remote)))
+    os.replace(temporary, sidecar)
+
+
+def _continues(response: "httpx.Response", remote: _Remote, total: int) -> bool:
+    """Whether a range is one of the very file that the partial file began with."""
+    return remote.size in (None, total) and strong_etag(response) in (None, remote.etag)
 
 
 def _write(response: "httpx.Response", job: _Job, remote: _Remote, offset: int, total: int | None) -> None:
     with open(job.partial, "ab" if offset else "wb") as file:
         if not offset:
-            _sidecar(job.partial).write_text(json.dumps(asdict(remote)))
+            _note(job, remote)
         job.report(offset, total)
         for chunk in response.iter_raw():
             offset += len(chunk)
@@ -245,68 +294,7 @@ def _write(response: "httpx.Response", job: _Job, remote: _Remote, offset: int, 
         file.flush()
         os.fsync(file.fileno())
     if total is not None and offset < total:
-        raise _TryAgainError(f"the connection ended after {offset} of {total} bytes")
-
-
-def _check_status(response: "httpx.Response", job: _Job) -> None:
-    status, host = response.status_code, response.url.host
-    if status in _RETRIED_STATUS:
-        raise _TryAgainError(f"the server answers {status}", _retry_after(response))
-    if status in (401, 403):
-        raise PullError(f"{host} answers {status}: no such file, or one that needs a token (HF_TOKEN)")
-    if status == 404:
-        raise PullError(f"{host} has no such file: {response.url.path}")
-    if status == 416:
-        discard(job.partial)
-        raise _TryAgainError("the server has fewer bytes than are here")
-    if status not in (200, 206):
-        raise PullError(f"{host} answers {status} {response.reason_phrase}")
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise PullError(f"{host} sends the file compressed, though it was asked not to")
-    if job.url.startswith("https:") and response.url.scheme != "https":
-        raise PullError(f"{host} is a redirect from https to {response.url.scheme}, which is not followed")
-
-
-def _retry_after(response: "httpx.Response") -> float | None:
-    """Seconds, from the two forms of Retry-After: a number of seconds, or a date."""
-    value = response.headers.get("Retry-After", "")
-    if value.isdecimal():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None
-
-
-def _total_size(response: "httpx.Response", offset: int) -> int | None:
-    """The size of the whole file; None if the answer does not say, or is not the range from `offset` on."""
-    if response.status_code == 200:
-        length = response.headers.get("Content-Length", "")
-        return int(length) if length.isdecimal() else None
-    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if not found:
-        return None
-    first, last, total = map(int, found.groups())
-    return total if first == offset and last == total - 1 else None
-
-
-def _continues(response: "httpx.Response", remote: _Remote, total: int) -> bool:
-    """Whether a range is one of the very file that the partial file began with."""
-    return remote.size in (None, total) and _strong_etag(response) in (None, remote.etag)
-
-
-def _strong_etag(response: "httpx.Response") -> str | None:
-    etag = response.headers.get("ETag")
-    return etag if etag and not etag.startswith("W/") else None
-
-
-def _linked_digest(response: "httpx.Response") -> str | None:
-    # The hub names the digest in the redirect to the host that has the bytes.
-    for answer in (*response.history, response):
-        digest = answer.headers.get("X-Linked-Etag", "").strip('"').lower()
-        if _SHA256.fullmatch(digest):
-            return digest
-    return None
+        raise TryAgainError(f"the connection ended after {offset} of {total} bytes")
 
 
 def _resumable(job: _Job) -> tuple[_Remote | None, int]:
@@ -314,9 +302,16 @@ def _resumable(job: _Job) -> tuple[_Remote | None, int]:
     try:
         remote = _Remote(**json.loads(_sidecar(job.partial).read_text()))
         done = job.partial.stat().st_size
-    except (OSError, ValueError, TypeError):
+        if remote.pieces is not None:
+            size, told = remote.size or 0, {int(piece): int(held) for piece, held in remote.pieces.items()}
+            remote = replace(
+                remote, pieces={piece: max(min(held, length(piece, size)), 0) for piece, held in told.items()}
+            )
+            within = all(piece * PIECE + held <= done for piece, held in told.items())
+            remote, done = (remote, sum((remote.pieces or {}).values())) if within else (None, 0)
+    except (OSError, ValueError, TypeError, AttributeError):
         return None, 0
-    return (remote, done) if remote.url == job.url and remote.etag else (None, 0)
+    return (remote, done) if remote and remote.url == job.url and remote.etag else (None, 0)
 
 
 def _sidecar(partial: Path) -> Path:

@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from irkit.errors import OptionError, PullError
 from irkit.hub import addresses
 from irkit.hub.catalog import OllamaModel
-from irkit.hub.create import checked_options, checked_template
+from irkit.hub.checked import checked_options, checked_template
 
 if TYPE_CHECKING:
     import httpx
@@ -26,7 +26,8 @@ HOST = "https://registry.ollama.ai"
 """The registry of models that are named without one."""
 
 _ACCEPT = "application/vnd.docker.distribution.manifest.v2+json"
-_LAYER = "application/vnd.ollama.image."
+LAYER = "application/vnd.ollama.image."
+"""How the media types of all layers begin."""
 # The most bytes of a manifest, or of a layer that is text.
 _LONGEST = 1 << 20
 _PARAMETER = re.compile(r'(realm|service|scope)="([^"]*)"')
@@ -47,7 +48,9 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class _Manifest:
+class Manifest:
+    """What an Ollama model is made of."""
+
     layers: list[Layer]
 
 
@@ -75,7 +78,7 @@ def look_up(model: OllamaModel, *, allow_private: bool) -> Found:
             base_url(model), {"Accept-Encoding": "identity"}, allow_private=allow_private
         ) as client:
             manifest, headers = _manifest(client, model, where)
-            by_kind = {layer.mediaType.removeprefix(_LAYER): layer for layer in manifest.layers}
+            by_kind = {layer.mediaType.removeprefix(LAYER): layer for layer in manifest.layers}
             if "adapter" in by_kind:
                 raise PullError(f"{where} is a model with an adapter, which is not supported")
             if "model" not in by_kind:
@@ -91,15 +94,16 @@ def look_up(model: OllamaModel, *, allow_private: bool) -> Found:
             }
     except httpx.HTTPError as error:
         raise PullError(f"{where}: {str(error) or type(error).__name__}") from error
-    return Found(by_kind["model"], _own(texts, where), headers)
+    return Found(by_kind["model"], own(texts, where), headers)
 
 
-def _own(texts: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Fields of irkit's manifest; what cannot be used here is left out with a warning."""
-    own: dict[str, Any] = {"system": texts.get("system"), "license": texts.get("license")}
+def own(texts: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Fields of irkit's manifest, from the layers that are text, by kind; what cannot be used here is left out with a
+    warning."""
+    fields: dict[str, Any] = {"system": texts.get("system"), "license": texts.get("license")}
     if "template" in texts:
         try:
-            own["template"] = checked_template(texts["template"])
+            fields["template"] = checked_template(texts["template"])
         except OptionError as error:
             warnings.warn(f"{where}: {error}; the model file's own is used", stacklevel=3)
     options: dict[str, Any] = {}
@@ -112,10 +116,10 @@ def _own(texts: Mapping[str, str], where: str) -> dict[str, Any]:
             options |= checked_options({name: value})
         except OptionError as error:
             warnings.warn(f"{where}: {error}; left out", stacklevel=3)
-    return own | {"options": options}
+    return fields | {"options": options}
 
 
-def _manifest(client: "httpx.Client", model: OllamaModel, where: str) -> tuple[_Manifest, dict[str, str]]:
+def _manifest(client: "httpx.Client", model: OllamaModel, where: str) -> tuple[Manifest, dict[str, str]]:
     url, headers = f"{base_url(model)}/manifests/{model.tag}", {}
     response, body = _get(client, url, {"Accept": _ACCEPT}, where)
     if response.status_code == 401:
@@ -126,7 +130,7 @@ def _manifest(client: "httpx.Client", model: OllamaModel, where: str) -> tuple[_
     if response.status_code != 200:
         raise PullError(f"{where}: the registry answers {response.status_code}")
     try:
-        return TypeAdapter(_Manifest).validate_json(body), headers
+        return TypeAdapter(Manifest).validate_json(body), headers
     except ValidationError as error:
         raise PullError(f"{where}: what the registry sends is no manifest: {error.errors()[0]['msg']}") from None
 

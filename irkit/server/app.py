@@ -9,45 +9,32 @@ from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi_offline import FastAPIOffline
 from pydantic import Field, create_model
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import irkit
-from irkit.errors import (
-    BackendError,
-    BudgetError,
-    ContextFullError,
-    IrkitError,
-    ModelNotFoundError,
-    OptionError,
-    PullError,
-    UnsupportedModelError,
-)
+from irkit.engine.worker import DEVICE
+from irkit.errors import IrkitError
 from irkit.options import GenerateOptions, LoadOptions, Options, ServeOptions
 from irkit.results import Generation
-from irkit.server import ollama
-from irkit.server.captures import Format, bounded, check_room, sent, without_traces
+from irkit.server import metrics, ollama, openai, tokens
+from irkit.server.captures import Format, bounded, sent, without_traces
+from irkit.server.errors import fault
+from irkit.server.places import TakesPlace
 from irkit.server.requests import body_of, read
-from irkit.server.security import LOCAL_ORIGINS, LocalHostsOnly, is_loopback
+from irkit.server.security import KnownOriginsOnly, LocalHostsOnly, WithKeyOnly, allowed_origins, api_key, is_loopback
 from irkit.server.sessions import Sessions
-from irkit.server.streams import AskedBy, answer_lines, answer_once
+from irkit.server.streams import answer_lines, answer_once
 from irkit.trace import Trace
 from irkit.verbs import REQUIRED, Parameter, Verb, load_parameters, verbs
 
 WITHOUT_ROUTE = {"chat", "close", "generate", "embed"}
 """Verbs that need a terminal, close the server's sessions, or have their route in Ollama's shape."""
 
-STATUSES = {
-    OptionError: 400,
-    ContextFullError: 400,
-    UnsupportedModelError: 400,
-    BackendError: 400,
-    ModelNotFoundError: 404,
-    PullError: 502,
-    BudgetError: 413,
-}
-"""The HTTP status of each error; 500 where it is not the request's fault."""
+
+_COMPUTE_NOTHING = {"tokenize", "detokenize", "info", "reset"}
 
 
 class CloseRequest(Options):
@@ -59,30 +46,38 @@ class CloseRequest(Options):
 
 def create_app(options: ServeOptions | None = None) -> FastAPI:
     """The ASGI application of `irkit serve`; on a loopback address it answers to local names only."""
-    sessions = Sessions()
     serving = options or ServeOptions()
+    sessions = Sessions(serving)
+    counts = metrics.Metrics(sessions)
+    sessions.observer = counts.observe
+    DEVICE.most = serving.parallel
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await sessions.close()
 
-    app = FastAPI(title="irkit", version=irkit.__version__, lifespan=lifespan, redoc_url=None)
-    app.state.sessions = sessions
-    app.add_exception_handler(IrkitError, _on_irkit_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
+    app = FastAPIOffline(title="irkit", version=irkit.__version__, lifespan=lifespan, redoc_url=None)
+    app.state.sessions, app.state.metrics = sessions, counts
+    for kind in (IrkitError, HTTPException, Exception):
+        app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_bug)
-    app.add_middleware(CORSMiddleware, allow_origin_regex=LOCAL_ORIGINS, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(AskedBy)
+    # Those added last come first.
+    app.add_middleware(TakesPlace, places=sessions.places)
+    if key := api_key(serving):
+        app.add_middleware(WithKeyOnly, key=key)
+    origins = allowed_origins(serving.origins)
+    app.add_middleware(CORSMiddleware, allow_origin_regex=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(KnownOriginsOnly, origins=origins)
     if is_loopback(serving.host):
         app.add_middleware(LocalHostsOnly)
+    app.add_middleware(metrics.CountsRequests, metrics=counts)
 
     @app.head("/", include_in_schema=False)
     @app.get("/", response_class=PlainTextResponse)
     def root() -> str:
         """Say that the server runs."""
-        return "irkit is running"
+        return "Ollama is running"  # the very words that clients look for
 
     @app.get("/api/health")
     def health() -> dict[str, str]:
@@ -96,7 +91,10 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
         await sessions.close(asked.model)
         return {"model": asked.model, "result": None}
 
-    app.include_router(ollama.router(sessions, serving.budget))  # OpenAI's shapes will stand beside it
+    app.include_router(ollama.router(sessions, serving.budget))
+    app.include_router(openai.router(sessions, serving.budget))
+    app.include_router(tokens.router(sessions))
+    app.include_router(metrics.router(counts))
     for verb in verbs().values():
         if verb.name not in WITHOUT_ROUTE:
             _add_verb(app, sessions, verb, serving.budget)
@@ -135,7 +133,7 @@ def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb, budget: int) -> None
         asked: Any = await read(request, body)
         given: Mapping[str, Any] = dict(asked)
         load = LoadOptions(**{name: given[name] for name in LoadOptions.model_fields})
-        session = await sessions.get(asked.model, load)
+        session = await sessions.get(asked.model, load, computes=verb.name not in _COMPUTE_NOTHING)
         # What was left out is the model's own to set, if it has been made with options.
         given = {n: v for n, v in given.items() if n not in GenerateOptions.model_fields or n in asked.model_fields_set}
         arguments = bounded({name: given[name] for name in names if name in given}, budget)
@@ -147,12 +145,8 @@ def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb, budget: int) -> None
                 return await answer_lines(request, generation, _tokens(asked.model, generation, put))
             return await answer_once(request, generation, _result(asked.model, generation, put))
 
-        def made() -> Any:
-            if verb.result is Trace:
-                check_room(session, arguments, budget)
-            return sent(ask(), given.get("format", "json"))
-
-        return JSONResponse({"model": asked.model, "result": await sessions.compute(made)})
+        result = await sessions.compute(lambda: sent(ask(), given.get("format", "json")))
+        return JSONResponse({"model": asked.model, "result": result})
 
 
 async def _tokens(model: str, generation: Generation, put: Callable[[Any], Any]) -> AsyncIterator[dict[str, Any]]:
@@ -167,22 +161,10 @@ async def _result(model: str, generation: Generation, put: Callable[[Any], Any])
     return {"model": model, "result": await to_thread.run_sync(put, generation)}
 
 
-def _error(message: str, status: int, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse({"error": message}, status, headers)
-
-
-async def _on_irkit_error(request: Request, error: Exception) -> Response:
-    return _error(str(error), next((s for kind, s in STATUSES.items() if isinstance(error, kind)), 500))
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _error(error.detail, error.status_code, error.headers)
+async def _on_error(request: Request, error: Exception) -> Response:
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return fault(error).reply(request.url.path, headers)  # the server logs what nobody expected
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=400)  # nobody reads it
-
-
-async def _on_bug(request: Request, error: Exception) -> Response:
-    return _error("internal error", 500)  # the server logs the error

@@ -2,17 +2,16 @@
 
 import base64
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from irkit.as_json import as_json
-from irkit.errors import BudgetError, OptionError
+from irkit.errors import OptionError
 from irkit.options import CaptureOptions, parse
-from irkit.session import Session
-from irkit.trace import Trace, size
+from irkit.trace import Trace
 
 Format = Annotated[
     Literal["safetensors", "json"],
@@ -32,29 +31,13 @@ def bounded(given: Mapping[str, Any], budget: int) -> dict[str, Any]:
     found = dict(given)
     if "budget" in found:
         found["budget"] = _least(found["budget"], budget)
-        if len(_texts(found)) > MAX_TEXTS:
-            raise OptionError(f"texts: a request may have {MAX_TEXTS}, got {len(_texts(found))}")
+    if not isinstance(texts := found.get("texts", ""), str) and "budget" in found and len(texts) > MAX_TEXTS:
+        raise OptionError(f"texts: a request may have {MAX_TEXTS}, got {len(texts)}")
     if found.get("capture") is not None:
         capture = found["capture"]
         options = parse(CaptureOptions, capture if isinstance(capture, Mapping) else {"names": capture})
         found["capture"] = dict(options) | {"budget": _least(options.budget, budget)}
     return found
-
-
-def check_room(session: Session, given: Mapping[str, Any], budget: int) -> None:
-    """Raises BudgetError where the texts of a trace need a KV cache beyond the server's budget."""
-    if len(_texts(given)) < 2:
-        return  # it is no larger than an answer's
-    found = session.estimate(**given)
-    if found.cache > budget:
-        raise BudgetError(
-            f"the KV cache of these texts would take {size(found.cache)}, the server's budget is {size(budget)}; "
-            "fewer or shorter texts would take less"
-        )
-
-
-def _texts(given: Mapping[str, Any]) -> Sequence[Any]:
-    return [given["texts"]] if isinstance(given["texts"], str) else given["texts"]
 
 
 def _least(asked: int | None, budget: int) -> int:

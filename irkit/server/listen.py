@@ -13,10 +13,14 @@ from fastapi import FastAPI
 from irkit.errors import OptionError
 from irkit.options import ServeOptions
 from irkit.server.app import create_app
+from irkit.server.security import api_key, is_loopback
 from irkit.session import Session
 
 GRACE_SECONDS = 5
 """How long the last responses may take when the server stops."""
+
+
+OPEN_TO_ALL = "warning: whoever can reach this address can use the server; --api-key or IRKIT_API_KEY asks for a key"
 
 
 class _Server(uvicorn.Server):
@@ -34,6 +38,8 @@ def serve(options: ServeOptions) -> None:
     """
     with _listening(options) as listening:
         print(f"irkit serves on {_url(listening)}", file=sys.stderr, flush=True)
+        if not is_loopback(options.host) and not api_key(options):
+            print(f"irkit: {OPEN_TO_ALL}", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # which uvicorn passes on when it has shut down
             _server(create_app(options)).run(sockets=[listening])
 

@@ -2,88 +2,97 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from irkit.errors import IrkitError
-from irkit.observing import ASKED_BY
-from irkit.results import Generation
+from irkit.server.errors import fault
+from irkit.server.places import PLACE, Answer
 
 
-async def answer_once(request: Request, generation: Generation, reply: Awaitable[Any]) -> Response:
-    """A response of one JSON object, `reply`, which waits for the end of `generation`."""
-    async with _cancelled_with_client(request, generation):
+async def answer_once(request: Request, answer: Answer, reply: Awaitable[Any]) -> Response:
+    """A response of one JSON object, `reply`, which waits for the end of `answer`."""
+    async with cancelled_with_client(request, answer):
         return JSONResponse(await reply)
 
 
-async def answer_lines(request: Request, generation: Generation, objects: AsyncIterator[dict[str, Any]]) -> Response:
+async def answer_lines(request: Request, answer: Answer, objects: AsyncIterator[dict[str, Any]]) -> Response:
     """A response of `objects`, one line each, as they come.
 
     An error before the first of them is raised, and so has an HTTP status; a later one is the last line.
     """
-    lines = _lines(request, generation, objects)
-    first = await anext(lines)
+    return await _streamed(_written(request, answer, objects, _line), "application/x-ndjson")
+
+
+async def answer_events(request: Request, answer: Answer, objects: AsyncIterator[dict[str, Any]]) -> Response:
+    """A response of `objects` as server-sent events, as they come, and OpenAI's word for the end.
+
+    An error before the first of them is raised, and so has an HTTP status; a later one is the last event.
+    """
+    written = _written(request, answer, objects, _event, b"data: [DONE]\n\n")
+    return await _streamed(written, "text/event-stream")
+
+
+async def _streamed(parts: AsyncIterator[bytes], media_type: str) -> Response:
+    first = await anext(parts)
 
     async def body() -> AsyncIterator[bytes]:
         yield first
-        async for line in lines:
-            yield line
+        async for part in parts:
+            yield part
 
-    return StreamingResponse(body(), media_type="application/x-ndjson")
+    return StreamingResponse(body(), media_type=media_type)
 
 
-async def _lines(
-    request: Request, generation: Generation, objects: AsyncIterator[dict[str, Any]]
+async def _written(
+    request: Request,
+    answer: Answer,
+    objects: AsyncIterator[dict[str, Any]],
+    write: Callable[[Any], bytes],
+    end: bytes = b"",
 ) -> AsyncIterator[bytes]:
     begun = False
-    async with _cancelled_with_client(request, generation):
+    async with cancelled_with_client(request, answer):
         try:
             async for item in objects:
-                yield _line(item)
+                yield write(item)
                 begun = True
+            if end:
+                yield end
         except Exception as error:
             if not begun:
                 raise
-            expected = isinstance(error, IrkitError)
-            yield _line({"error": str(error) if expected else "internal error"})
-            if not expected:
+            yield write(fault(error).body(request.url.path))
+            if not isinstance(error, IrkitError):
                 raise
 
 
-def _line(item: dict[str, Any]) -> bytes:
+def _line(item: Any) -> bytes:
     return json.dumps(item, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
+def _event(item: Any) -> bytes:
+    return b"data: " + _line(item) + b"\n"
+
+
 @asynccontextmanager
-async def _cancelled_with_client(request: Request, generation: Generation) -> AsyncIterator[None]:
-    """Cancels `generation` when the client disconnects, and when nobody reads on."""
+async def cancelled_with_client(request: Request, answer: Answer) -> AsyncIterator[None]:
+    """Cancels `answer` when the client disconnects, and when nobody reads on."""
 
     async def wait() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        generation.cancel()
+        answer.cancel()
 
     waiting = asyncio.create_task(wait())
+    if place := PLACE.get():
+        place.answers.append(answer)
     try:
         yield
     finally:
         waiting.cancel()
-        generation.cancel()
-
-
-class AskedBy:
-    """ASGI middleware that says, to whoever observes a session, which request it answers."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
-        if scope["type"] == "http":
-            ASKED_BY.set(f"{scope['method']} {scope['path']}")  # each request has a context of its own
-        await self._app(scope, receive, send)
+        answer.cancel()

@@ -6,7 +6,8 @@
 >>> tokenizer.decode(ids, skip_special=False)
 """
 
+from irkit.tokenizer.answers import AnswerReader, Content, Thinking, ToolCall
 from irkit.tokenizer.chat import ChatTemplate
 from irkit.tokenizer.tokenizer import Tokenizer, TokenStream, from_gguf
 
-__all__ = ["ChatTemplate", "TokenStream", "Tokenizer", "from_gguf"]
+__all__ = ["AnswerReader", "ChatTemplate", "Content", "Thinking", "TokenStream", "Tokenizer", "ToolCall", "from_gguf"]

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from irkit.errors import ModelFileError, OptionError
+from irkit.tokenizer.answers import AnswerReader, Forms, forms_of
 from irkit.tokenizer.marked import Marks
 from irkit.tokenizer.tokenizer import Tokenizer
 
@@ -21,6 +22,10 @@ PLAIN_TEMPLATE = (
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "model", "ipython", "observation"})
 _DEEPEST = 64
 _PROBE = "irkitprobe"
+_QUESTION: Json = [{"role": "user", "content": "."}]
+_NO_PARAMETERS: Json = {"type": "object", "properties": {}, "required": []}
+# By which templates are told whether to think: Qwen's, and DeepSeek's and Granite's.
+_THINK_SWITCHES = ("enable_thinking", "thinking")
 
 
 class ChatTemplate:
@@ -33,6 +38,7 @@ class ChatTemplate:
     Without a template, the conversation is written as `role: content` paragraphs, after a warning.
 
     Attributes:
+        forms: The forms that thinking and calls of tools have in answers.
         stop: Texts that end an answer, besides the tokens that do: empty but for the `role: content` format, in
             which a model goes on with the user's part.
     """
@@ -55,17 +61,24 @@ class ChatTemplate:
             warnings.warn("the model has no chat template: messages are written as 'role: content'", stacklevel=2)
             source = PLAIN_TEMPLATE
         self.stop = ("\n\nuser:",) if source == PLAIN_TEMPLATE else ()
+        self.forms: Forms = forms_of(source)
         self._source = source
         self._render = sandbox.render
         self._bounds_error = bounds.BoundsError
         self._template = sandbox.compile_template(source)
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
+    @property
+    def source(self) -> str:
+        """The Jinja source."""
+        return self._source
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        think: bool | None = None,
     ) -> str:
         """The conversation as text.
 
@@ -74,6 +87,7 @@ class ChatTemplate:
                 parts, which are joined), and whatever else the template makes use of, as JSON values.
             add_generation_prompt: End with what begins the assistant's answer.
             tools: Tools the model may call, as JSON schemas, if the template has a place for them.
+            think: Whether the answer is to begin with thinking, if the model thinks; None leaves it to the template.
 
         Raises:
             OptionError: If messages or tools are not of that form (it names the place), or the template refuses
@@ -81,7 +95,7 @@ class ChatTemplate:
             ModelFileError: If the template fails, or takes more time or space than chat templates do.
         """
         given = self._given(messages, tools)
-        return self._run(given, add_generation_prompt, datetime.now())
+        return self._run(given, add_generation_prompt, datetime.now(), think)
 
     def encode(
         self,
@@ -90,6 +104,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_special: bool = True,
+        think: bool | None = None,
     ) -> list[int]:
         """The conversation as token ids, in which only the template's own text makes control tokens.
 
@@ -102,6 +117,7 @@ class ChatTemplate:
             add_generation_prompt: As for `render`.
             tools: As for `render`.
             add_special: Begin with BOS if the model expects it and the template has not written it.
+            think: As for `render`.
 
         Raises:
             OptionError: As `render`.
@@ -109,9 +125,9 @@ class ChatTemplate:
         """
         given = self._given(messages, tools)
         now = datetime.now()
-        text = self._run(given, add_generation_prompt, now)
+        text = self._run(given, add_generation_prompt, now, think)
         marks = Marks(tokenizer.control_texts, _texts([*given, *self._tokens.values(), self._source]))
-        marked = self._run(_marked(given, marks), add_generation_prompt, now, marks)
+        marked = self._run(_marked(given, marks), add_generation_prompt, now, think, marks)
         ids = tokenizer.encode_protected(marks.real(marked), marks.marked(marked))
         if marks.real(marked) != text:
             # The template looked at a text in a way that marks do not withstand. If the marks turn out to have
@@ -122,6 +138,30 @@ class ChatTemplate:
         if add_special and tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
             ids.insert(0, tokenizer.bos_id)
         return ids
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether tools get into the text."""
+        tool: Json = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": _NO_PARAMETERS}}
+        try:
+            return _PROBE in self._run([_QUESTION, [tool]], True, datetime.now())
+        except (OptionError, ModelFileError):
+            return False
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether, besides, calls of them can be told from the answer."""
+        return bool(self.forms.calls) and self.takes_tools
+
+    def reader(self, tools: Sequence[Mapping[str, Any]] | None = None, think: bool | None = None) -> AnswerReader:
+        """What tells the parts of an answer apart, whose prompt has been made with these `tools` and `think`."""
+        functions = [tool.get("function", tool) for tool in tools or ()]
+        names = [function.get("name") for function in functions if isinstance(function, Mapping)]
+        thinking = False
+        if self.forms.thinking:
+            prompt = self._run([_QUESTION, None], True, datetime.now(), think)
+            thinking = prompt.rstrip().endswith(self.forms.thinking[0])
+        return AnswerReader(self.forms, [name for name in names if isinstance(name, str)], thinking=thinking)
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -148,7 +188,14 @@ class ChatTemplate:
                 user["content"] = f"{system['content']}\n{user['content']}"
         return [checked, None if tools is None else _checked_tools(tools)]  # pyright: ignore[reportReturnType]
 
-    def _run(self, given: list[Json], add_generation_prompt: bool, now: datetime, marks: Marks | None = None) -> str:
+    def _run(
+        self,
+        given: list[Json],
+        add_generation_prompt: bool,
+        now: datetime,
+        think: bool | None = None,
+        marks: Marks | None = None,
+    ) -> str:
         messages, tools = given
         variables = {
             "messages": messages,
@@ -156,13 +203,26 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             **self._tokens,
         }
+        if think is not None:
+            variables |= dict.fromkeys(_THINK_SWITCHES, think)
         try:
-            return self._render(self._template, {**variables, "tools": tools}, now, marks)
+            text = self._render(self._template, {**variables, "tools": tools}, now, marks)
         except ModelFileError as error:
             if tools is not None or isinstance(error, self._bounds_error):
                 raise
-        # transformers sets absent tools to None, and llama.cpp not at all; some templates only know the latter.
-        return self._render(self._template, variables, now, marks)
+            # transformers sets absent tools to None, and llama.cpp not at all; some templates only know the latter.
+            text = self._render(self._template, variables, now, marks)
+        return text + self._no_thought_after(text) if think is False and add_generation_prompt else text
+
+    def _no_thought_after(self, prompt: str) -> str:
+        """An empty thought, or what ends one that has been opened, where the template does not write it itself."""
+        if self.forms.thinking is None:
+            return ""
+        opening, closing = self.forms.thinking
+        written = prompt.rstrip()
+        if written.endswith(opening):
+            return f"\n\n{closing}\n\n"
+        return "" if written.endswith(closing) else f"{opening}\n\n{closing}\n\n"
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Json]]:

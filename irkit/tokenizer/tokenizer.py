@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from irkit.errors import OptionError
 from irkit.garbage import uncollected
+from irkit.tokenizer.answers import MARKERS
 from irkit.tokenizer.bpe import build
 from irkit.tokenizer.vocabulary import Vocabulary, read_vocabulary
 
@@ -54,6 +55,7 @@ class Tokenizer:
         # Merges and scores are as large as all the rest, and now in the model.
         self._vocabulary = replace(vocabulary, ids={}, merges=[], scores=None)
         tokens = vocabulary.tokens
+        self._markers = frozenset(id for id in vocabulary.control if tokens[id] in MARKERS)
         self._user_defined = _Finder({tokens[id]: id for id in vocabulary.user_defined})
         self._special = _Finder({tokens[id]: id for id in vocabulary.user_defined | vocabulary.control})
         escaped = vocabulary.pre is None or vocabulary.pre.escape_whitespaces
@@ -89,6 +91,24 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The source of the chat template in the file, if it has one."""
         return self._vocabulary.chat_template
+
+    @property
+    def fills_in(self) -> bool:
+        """Whether there are tokens to ask with for what belongs between two texts."""
+        return self._vocabulary.fill_in_middle is not None
+
+    def encode_around(self, before: str, after: str) -> list[int]:
+        """The ids of a prompt for what belongs between two texts: each behind its token, and that of the gap last.
+
+        Raises:
+            OptionError: If the vocabulary has no tokens for it, or a text cannot be encoded.
+        """
+        if self._vocabulary.fill_in_middle is None:
+            raise OptionError("the vocabulary has no tokens for filling in the middle")
+        prefix, suffix, middle = self._vocabulary.fill_in_middle
+        start = [self.bos_id] if self.add_bos and self.bos_id is not None else []
+        texts = (self.encode(text, add_special=False) for text in (before, after))
+        return [*start, prefix, *next(texts), suffix, *next(texts), middle]
 
     def is_control(self, id: int) -> bool:
         """Whether a token is a control (or the unknown) token, which text alone never becomes.
@@ -126,7 +146,9 @@ class Tokenizer:
         """
         return self.token_bytes(id).decode("utf-8", "replace")
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = False, at_start: bool = True
+    ) -> list[int]:
         """The ids of a text. Bytes that the vocabulary has no token for are left out.
 
         Args:
@@ -134,11 +156,13 @@ class Tokenizer:
             add_special: Begin with BOS and end with EOS if the model expects it and they are not there already.
             parse_special: Read the names of control tokens, such as <|im_end|>, as those tokens. Not for text
                 of unknown origin: see `ChatTemplate.encode`.
+            at_start: Whether `text` begins a text, rather than goes on with one. Only then do some vocabularies
+                put a space before it.
 
         Raises:
             OptionError: If `text` is no string, or one that cannot be written as UTF-8.
         """
-        ids = self._encode(text, self._special if parse_special else self._user_defined, b"")
+        ids = self._encode(text, self._special if parse_special else self._user_defined, b"", at_start)
         if add_special:
             vocabulary = self._vocabulary
             if vocabulary.add_bos and vocabulary.bos_id is not None and ids[:1] != [vocabulary.bos_id]:
@@ -179,9 +203,16 @@ class Tokenizer:
         stream = self.stream(skip_special, at_start)
         return "".join([*map(stream.push, _iterated(ids)), stream.flush()])
 
-    def stream(self, skip_special: bool = True, at_start: bool = True) -> "TokenStream":
-        """Decodes ids one at a time; the arguments are those of `decode`."""
-        return TokenStream(self, skip_special, at_start and self._vocabulary.add_space_prefix)
+    def stream(self, skip_special: bool = True, at_start: bool = True, markers: bool = False) -> "TokenStream":
+        """Decodes ids one at a time; the arguments are those of `decode`.
+
+        With `markers`, control tokens that set thinking or calls of tools off are written even if special ones are
+        skipped: `AnswerReader` needs their names.
+        """
+        skipped = (
+            self._vocabulary.control - (self._markers if markers else frozenset()) if skip_special else frozenset()
+        )
+        return TokenStream(self, skipped, at_start and self._vocabulary.add_space_prefix)
 
     def _check(self, id: int) -> int:
         try:
@@ -192,7 +223,7 @@ class Tokenizer:
             raise OptionError(f"token id {index} is not in the vocabulary, which ends at {self.vocab_size - 1}")
         return index
 
-    def _encode(self, text: str, finder: "_Finder", protected: bytes) -> list[int]:
+    def _encode(self, text: str, finder: "_Finder", protected: bytes, at_start: bool = True) -> list[int]:
         if not isinstance(text, str):
             raise OptionError(f"a text must be a string, not {type(text).__name__}")
         try:
@@ -205,18 +236,18 @@ class Tokenizer:
         ids: list[int] = []
         position = 0
         for start, stop, id in finder.find(text, vocabulary.control if protected else frozenset(), protected):
-            ids += self._encode_plain(text[position:start])
+            ids += self._encode_plain(text[position:start], at_start)
             ids.append(id)
-            position = stop
+            position, at_start = stop, True
             if id in vocabulary.rstrip_control:
                 position += len(text) - stop - len(text[stop:].lstrip())
-        ids += self._encode_plain(text[position:])
+        ids += self._encode_plain(text[position:], at_start)
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         if not text:
             return []
-        if self._vocabulary.add_space_prefix:
+        if at_start and self._vocabulary.add_space_prefix:
             text = " " + text
         for space, escaped in self._escape.items():
             text = text.replace(space, escaped)
@@ -229,9 +260,9 @@ class TokenStream:
     All of it together is what `Tokenizer.decode` gives for all the ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool, strip_space: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int], strip_space: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._skipped = skipped
         self._strip_space = strip_space
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -241,9 +272,9 @@ class TokenStream:
         Raises:
             OptionError: If there is no such token.
         """
-        if self._skip_special and self._tokenizer.is_control(id):
-            return ""
         piece = self._tokenizer.token_bytes(id)
+        if id in self._skipped:
+            return ""
         if self._strip_space:
             piece = piece.removeprefix(b" ")
             self._strip_space = False

@@ -66,7 +66,8 @@ class Vocabulary:
     `control` holds the ids of control and unknown tokens, `reclassified` those of them that the file calls
     something else, `user_defined` those of type 4, `rstrip_control` those after which white space is dropped;
     `bytes` maps the ids of byte tokens to their byte. `pre` is None for SentencePiece vocabularies, which have
-    `scores`, float32 [vocab]; the others have `merges`, in order.
+    `scores`, float32 [vocab]; the others have `merges`, in order. `fill_in_middle` are the tokens before what
+    precedes a gap, before what follows it, and before what fills it.
     """
 
     kind: Literal["gpt2", "llama", "gemma4"]
@@ -88,6 +89,7 @@ class Vocabulary:
     scores: "np.ndarray[Any, np.dtype[np.float32]] | None"
     merges: list[str]
     chat_template: str | None
+    fill_in_middle: tuple[int, int, int] | None
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -125,14 +127,18 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
     eog = {ids[text] for text in _END_OF_GENERATION if text in ids}
     forced_control = set(eog)
+    fills: list[int | None] = []
     for keys, texts in _FILL_IN_MIDDLE.items():
         names = [key.removesuffix("_token_id") for key in keys]
         id = next((id for name in names if (id := special(name)) is not None), None)
         if id is None and (found := [ids[text] for text in texts if text in ids]):
             id = min(found)
             forced_control.add(id)
+        fills.append(id)
         if id is not None and keys[0] in _FILL_IN_MIDDLE_ENDS:
             eog.add(id)
+    prefix, suffix, middle, *_ = fills
+    filled = None if prefix is None or suffix is None or middle is None else (prefix, suffix, middle)
     eog |= {id for id in (eos_id, *named_ends) if id is not None}
     # In these two vocabularies one of the texts is an ordinary mark inside an answer.
     ends = {tokens[id] for id in eog}
@@ -178,6 +184,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         scores=_read_numbers(metadata, "scores", "iuf", len(tokens)).astype(np.float32) if is_spm else None,
         merges=[] if is_spm else _read_merges(metadata),
         chat_template=template,
+        fill_in_middle=filled,
     )
 
 

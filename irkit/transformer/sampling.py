@@ -1,13 +1,14 @@
 """From logits to the next token: llama.cpp's chain of samplers, inside the compiled step.
 
 The chain runs on the candidates in falling order of their logits. Every setting is a traced value, so
-changing one compiles nothing. Letters: b batch, v vocabulary, n candidates, c positions of the history.
+changing one compiles nothing. Letters: b batch, v vocabulary, w its words of 32 bits, n candidates, c positions of
+the history.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,12 +66,24 @@ def settings(options: Sequence[SamplingOptions], seeds: Sequence[int], d_vocab: 
     return Settings(**columns, bias=bias, key=key)  # pyright: ignore[reportArgumentType]
 
 
+def everything(rows: int, d_vocab: int) -> np.ndarray:
+    """The bits `allowed` of rows in which any token may be drawn: uint32 `[rows, w]`."""
+    return np.full((rows, -(-d_vocab // 32)), 0xFFFFFFFF, np.uint32)
+
+
+def words(ids: Sequence[int], d_vocab: int) -> np.ndarray:
+    """The bits `allowed` of one row in which these may be drawn: uint32 `[1, w]`."""
+    listed = np.zeros(-(-d_vocab // 32) * 32, np.uint8)
+    listed[list(ids)] = 1
+    return np.packbits(listed, bitorder="little").view("<u4").astype(np.uint32)[None]
+
+
 class Sampled(NamedTuple):
     """What one step drew."""
 
     token: Int[Array, " b"]
     logprob: Float[Array, " b"]
-    """Of the token, in the model's own distribution."""
+    """Of the token, in the model's own distribution: of all tokens, also those that were not allowed."""
     top: tuple[Int[Array, "b top"], Float[Array, "b top"]]
     """The likeliest tokens and their log-probabilities, likeliest first."""
 
@@ -80,19 +93,21 @@ def sample(
     history: Int[Array, "b c"],
     length: Int[Array, " b"],
     s: Settings,
+    allowed: UInt32[Array, "b w"],
     *,
     top: int,
     kernels: ModuleType = xla,
 ) -> Sampled:
     """Draw one token a row; `length` says how much of `history` counts, `top` how many likeliest to report.
 
+    Only tokens are drawn whose bit is set in `allowed`, where the first token has the lowest bit of the first word.
     `kernels` is who computes: those for the CPU draw in one call, since a program that holds the chain of samplers
     takes several times as long to load.
     """
     if kernels is cpu:
-        token, logprob, normalizer = cpu.sample(logits, history, length, s)
+        token, logprob, normalizer = cpu.sample(logits, history, length, allowed, s)
     else:
-        token = draw(logits, history, length, s)
+        token = draw(logits, history, length, s, allowed)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - normalizer
     if not top:
@@ -103,10 +118,14 @@ def sample(
 
 
 def draw(
-    logits: Float[Array, "b v"], history: Int[Array, "b c"], length: Int[Array, " b"], s: Settings
+    logits: Float[Array, "b v"],
+    history: Int[Array, "b c"],
+    length: Int[Array, " b"],
+    s: Settings,
+    allowed: UInt32[Array, "b w"],
 ) -> Int[Array, " b"]:
     """The token drawn in each row."""
-    processed = penalize(logits + s.bias, history, length, s)
+    processed = penalize(rule_out(logits + s.bias, allowed), history, length, s)
     keys = jax.vmap(jax.random.fold_in)(s.key, length)
     random = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
@@ -122,10 +141,23 @@ def draw(
     return on_sorted(choose, processed, s)
 
 
+def rule_out(logits: Float[Array, "b v"], allowed: UInt32[Array, "b w"]) -> Float[Array, "b v"]:
+    """The logits, minus infinity where a token is not allowed."""
+
+    def apply(logits: Array) -> Array:
+        bits = allowed[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+        return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[-1]] > 0, logits, -jnp.inf)
+
+    return lax.cond(jnp.all(~allowed == 0), lambda logits: logits, apply, logits)
+
+
 def deviation(logits: Float[Array, "b v"], s: Settings) -> Float[Array, " b"]:
-    """The standard deviation of each row, where `top_n_sigma` asks for it."""
-    asked = jnp.any(s.top_n_sigma > 0)
-    return lax.cond(asked, partial(jnp.std, axis=-1), lambda logits: jnp.zeros(logits.shape[0]), logits)
+    """The standard deviation of each row's logits that are not ruled out, where `top_n_sigma` asks for it."""
+
+    def computed(logits: Array) -> Array:
+        return jnp.std(logits, axis=-1, where=logits > -jnp.inf)
+
+    return lax.cond(jnp.any(s.top_n_sigma > 0), computed, lambda logits: jnp.zeros(logits.shape[0]), logits)
 
 
 def on_sorted(function: Callable[[Array, Array], Array], logits: Float[Array, "b v"], s: Settings) -> Array:
@@ -173,7 +205,8 @@ def chain(x: Float[Array, "b n"], *, xtc: Array, sigma: Float[Array, " b"], s: S
     """
     rank = jnp.arange(x.shape[-1])
     s = s._replace(**{f: getattr(s, f)[:, None] for f in Settings._fields if f not in ("bias", "key")})
-    keep = (s.top_n_sigma <= 0) | (x >= x[:, :1] - s.top_n_sigma * sigma[:, None])
+    keep = x > -jnp.inf
+    keep &= (s.top_n_sigma <= 0) | (x >= x[:, :1] - s.top_n_sigma * sigma[:, None])
     keep &= (s.top_k <= 0) | (rank < s.top_k)
     keep = lax.cond(jnp.all(s.typical_p >= 1), lambda keep: keep, lambda keep: typical(x, keep, s.typical_p), keep)
 
@@ -217,8 +250,8 @@ def typical(x: Float[Array, "b n"], keep: Array, mass: Float[Array, "b 1"]) -> A
 @cache
 def _distribution() -> Callable[..., Array]:
     @jax.jit
-    def distribution(logits: Array, history: Array, length: Array, s: Settings) -> Array:
-        processed = penalize(logits + s.bias, history, length, s)
+    def distribution(logits: Array, history: Array, length: Array, s: Settings, allowed: Array) -> Array:
+        processed = penalize(rule_out(logits + s.bias, allowed), history, length, s)
         sigma = deviation(processed, s)
         often = s.xtc_probability[:, None]
 
@@ -232,12 +265,15 @@ def _distribution() -> Callable[..., Array]:
     return distribution
 
 
-def sampling_distribution(logits: Any, tokens: Sequence[int] = (), **options: Any) -> np.ndarray:
+def sampling_distribution(
+    logits: Any, tokens: Sequence[int] = (), allowed: Sequence[int] | None = None, **options: Any
+) -> np.ndarray:
     """The probabilities from which the next token would be drawn, exactly.
 
     Args:
         logits: `[vocab]`, the model's.
         tokens: The ids of the text so far, for the penalties.
+        allowed: The ids that may be drawn; any, if it is None.
         options: Any of `irkit.options.SamplingOptions`.
 
     Returns:
@@ -245,7 +281,7 @@ def sampling_distribution(logits: Any, tokens: Sequence[int] = (), **options: An
 
     Raises:
         OptionError: an option is unknown or out of bounds, a token id is not below the number of logits,
-            or the logits are not one finite row.
+            none is allowed, or the logits are not one finite row.
     """
     from irkit.errors import OptionError
     from irkit.options import SamplingOptions, check_logit_bias, parse
@@ -255,10 +291,14 @@ def sampling_distribution(logits: Any, tokens: Sequence[int] = (), **options: An
         raise OptionError(f"logits: one row of finite numbers is needed, got shape {list(row.shape)}")
     parsed = parse(SamplingOptions, options)
     check_logit_bias(parsed, row.size)
-    if any(not 0 <= token < row.size for token in tokens):
-        raise OptionError(f"tokens: every id must be from 0 to {row.size - 1}")
+    for name, ids in (("tokens", tokens), ("allowed", () if allowed is None else allowed)):
+        if any(not 0 <= token < row.size for token in ids):
+            raise OptionError(f"{name}: every id must be from 0 to {row.size - 1}")
+    if allowed is not None and not len(allowed):
+        raise OptionError("allowed: there is no token to draw")
+    bits = everything(1, row.size) if allowed is None else words(allowed, row.size)
     size = 1 << max(len(tokens) - 1, 0).bit_length()  # few sizes, few compilations
     history = np.zeros((1, size), np.int32)
     history[0, : len(tokens)] = tokens
     length = np.array([len(tokens)], np.int32)
-    return np.asarray(_distribution()(row[None], history, length, settings([parsed], [0], row.size))[0])
+    return np.asarray(_distribution()(row[None], history, length, settings([parsed], [0], row.size), bits)[0])

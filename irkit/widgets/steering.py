@@ -17,7 +17,7 @@ from irkit.analysis.steering import SteeringVector, steering_vector
 from irkit.edits import Edit, scale, steer
 from irkit.engine import CacheView
 from irkit.errors import IrkitError, OptionError
-from irkit.observing import ASKED_BY
+from irkit.observing import ASKED_BY, Asker
 from irkit.options import GenerateOptions, parse
 from irkit.widgets import base, controls
 from irkit.widgets.choosing import choose
@@ -232,7 +232,7 @@ class SteeringPanel(base.View):
 
     def _work(self, run: int, stop: threading.Event) -> None:
         """Make both answers, and tell of them as they are made."""
-        ASKED_BY.set("steering panel")
+        ASKED_BY.set(Asker("steering panel"))
         self.running = True
         try:
             pair = self._begin()

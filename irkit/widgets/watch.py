@@ -128,7 +128,7 @@ class WatchView(base.View):
         if not 0 <= position < len(seen.tokens):
             raise OptionError(f"there is no token {position} in that answer")
         before = [token.id for token in seen.tokens[:position]]
-        self._inspector.show([*seen.asked.ids, *before], seen.tokens[position], seen.asked.edits)
+        self._inspector.show([*seen.asked.generation.prompt, *before], seen.tokens[position], seen.asked.edits)
 
     def _find(self, id: int) -> Seen:
         found = next((seen for seen in self.answers if seen.id == id), None)
@@ -246,7 +246,7 @@ def _look(seen: Seen) -> None:
     if ended:
         seen.live = False
         # The answer's own object may hold captures, which are as large as they are wanted.
-        seen.asked = replace(seen.asked, generation=Generation())
+        seen.asked = replace(seen.asked, generation=Generation(prompt=made.prompt))
 
 
 def messages(words: str | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

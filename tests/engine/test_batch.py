@@ -198,6 +198,31 @@ def test_what_earlier_answers_read_is_not_read_again(small: irkit.Session) -> No
     assert several.generate([*opening, 6], **OPTIONS).wait().stats.cached_tokens == len(opening)
 
 
+def test_a_prompt_that_was_read_or_scored_serves_many(small: irkit.Session) -> None:
+    several, prompt = small.pooled(), list(range(60, 140))
+    want = alone(small, lambda s: s.generate(prompt, **OPTIONS)).text
+    for read in (
+        lambda: several.generate(prompt, **dict(OPTIONS, num_predict=0)).wait(),
+        lambda: several.score(prompt),
+    ):
+        several.reset()
+        read()
+        made = together(several, [lambda s: s.generate(prompt, **OPTIONS)] * 3)
+        assert [answer.stats.cached_tokens for answer in made] == [len(prompt) - 1] * 3
+        assert [answer.text for answer in made] == [want] * 3
+    with small.hooks([], edits=[irkit.ablate("attn_out", layers=0)]):
+        small.pooled().score([*range(150, 180)])
+    assert several.generate([*range(150, 180)], **OPTIONS).wait().stats.cached_tokens == 0
+
+
+def test_what_another_cache_begins_with_is_not_kept_beside_it(small: irkit.Session) -> None:
+    several = small.pooled()
+    several.reset()
+    for length in (20, 20, 30, 25):
+        several.generate([*range(100, 100 + length)], **dict(OPTIONS, num_predict=0)).wait()
+    assert small.model.submit(lambda: [len(cache.ids) for cache in small.model._pool._idle]).result() == [30, 25]
+
+
 def test_the_same_cache_is_used_in_the_order_of_the_calls(small: irkit.Session) -> None:
     small.reset()
     first = small.generate(PROMPTS[0], **OPTIONS)

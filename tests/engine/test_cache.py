@@ -220,6 +220,20 @@ def test_going_on_with_edits_leaves_nothing_for_a_clean_run(s: irkit.Session) ->
     assert zero.tokens[0].captures["resid_post", 1].shape == (1, 1, 64)
 
 
+def test_what_was_read_before_going_on_with_edits_stays_clean(s: irkit.Session) -> None:
+    plain = made(s.continue_from(10, 70, **GREEDY))
+    s.continue_from(10, 70, edits=[steering(20)], **GREEDY).text  # noqa: B018
+    edited = s.cache.fork()
+    clean = s.generate([*PROMPT[:10], 70], **GREEDY)
+    assert (clean.stats.cached_tokens, s.cache.provenance) == (10, "clean")
+    assert made(clean) == plain
+    assert edited.provenance == "edited"
+    edited.rewind(len(edited) - 10)
+    assert edited.provenance == "clean"
+    s.cache = edited
+    assert made(s.continue_from(None, 70, **GREEDY)) == plain
+
+
 def turned(keys: np.ndarray, by: np.ndarray) -> np.ndarray:
     """Keys `[kv_head, position, 16]` turned by as many positions: complex numbers, in float64."""
     numbers = keys[..., :8].astype(np.float64) + 1j * keys[..., 8:]
@@ -269,8 +283,11 @@ def test_only_going_on_uses_what_was_dropped_from(s: irkit.Session) -> None:
     s.continue_from(edits=[steering(3)], **GREEDY).text  # noqa: B018
     assert s.cache.provenance == "dropped and edited"
     fork = s.cache.fork()
-    assert s.generate(list(fork.ids), **GREEDY).stats.cached_tokens == 0
+    again = s.generate(list(fork.ids), **GREEDY)
+    assert again.stats.cached_tokens == 3  # those before the dropped ones
     assert (s.cache.provenance, fork.provenance) == ("clean", "dropped and edited")
+    s.reset()
+    assert made(s.generate(list(fork.ids), **GREEDY)) == made(again)
 
 
 def test_saved_and_loaded_is_the_same(s: irkit.Session, path: Path, tmp_path: Path) -> None:

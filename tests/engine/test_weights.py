@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,19 @@ def flat(tree: Any) -> list[Any]:
 
 def read(file: gguf.File, kernels: ctypes.CDLL | None) -> list[tuple[weights.Plan, np.ndarray]]:
     plans = weights.plan(file, tree_of(file), kernels)
-    with ThreadPoolExecutor(3) as pool:
-        reading = jax.tree.leaves(weights.read(file, plans, kernels, pool))
-        return [(plan, value()) for plan, value in zip(jax.tree.leaves(plans), reading, strict=True)]
+    fractions: list[float] = []
+    memory, values = weights.read(file, plans, kernels, 3, fractions.append)
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+
+    def value(plan: weights.Plan) -> np.ndarray:
+        if plan.form is None:
+            return values[plan.weight.name]
+        assert plan.start is not None
+        assert plan.start + plan.nbytes <= weights.total(plans, packed=True)  # what is packed comes first
+        return memory[plan.start : plan.start + plan.nbytes]
+
+    return [(plan, value(plan)) for plan in jax.tree.leaves(plans)]
 
 
 @pytest.mark.parametrize("format_name", FORM_OF)
@@ -74,7 +83,10 @@ def test_plans_follow_the_tree(small_model: Callable[..., Path], kernels: ctypes
     assert (first["q"].form, first["q"].nbytes) == ("q4m", 64 * 64 * 20 // 32)
     assert plans["embed"].nbytes == 17 * 16 * 64 * 20 // 32  # 258 rows fill 17 panels
     assert first["ln1"].nbytes == 64 * 4
-    assert weights.total(plans) == sum(plan.nbytes for plan in flat(plans) if plan)
+    read = [plan for plan in flat(plans) if plan and plan.weight.derive is None]
+    assert weights.total(plans) == sum(plan.nbytes for plan in read)
+    assert weights.total(plans, packed=True) == sum(plan.nbytes for plan in read if plan.form)
+    assert weights.total(plans) == max(plan.start + plan.nbytes for plan in read if plan.start is not None)
     unpacked = weights.plan(file, tree_of(file), None)
     assert {plan.form for plan in flat(unpacked) if plan} == {None}
     assert unpacked["embed"].nbytes == 258 * 64 * 4

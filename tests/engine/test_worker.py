@@ -3,11 +3,14 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
 
-from irkit.engine.worker import Worker
+from irkit.engine.worker import Steps, Worker
+from irkit.observing import ASKED_BY, Asker
 
 
 def test_jobs_run_in_order_on_one_thread() -> None:
@@ -35,3 +38,28 @@ def test_the_interpreter_exits_while_an_answer_is_made(model_path: Path) -> None
     code = f"import irkit; s = irkit.Session({str(model_path)!r}); next(iter(s.generate('a b c', temperature=0)))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_client_that_asks_for_much_does_not_keep_out_the_others() -> None:
+    worker, begun, go = Worker(), list[str](), threading.Event()
+    worker.most = 2
+    job = worker.submit(lambda: go.wait(30))
+
+    def answer(client: str, number: int) -> Future[str]:
+        def steps() -> Steps:
+            begun.append(f"{client}{number}")
+            yield None
+            yield None
+            return client
+
+        ASKED_BY.set(Asker(client=client))
+        return worker.answer(steps, threading.Event())
+
+    futures = [copy_context().run(answer, client, n) for client, n in [*(("a", n) for n in range(6)), ("b", 0)]]
+    futures += [copy_context().run(answer, client, n) for client, n in [("c", 0), ("b", 1)]]
+    go.set()
+    assert [future.result(30) for future in futures] == ["a"] * 6 + ["b", "c", "b"]
+    assert job.result()
+    assert begun[:2] == ["a0", "b0"]
+    assert {"c0", "b1"} < {*begun[:5]}, "the others do not wait behind all of the first"
+    assert [name for name in begun if name[0] == "a"] == [f"a{n}" for n in range(6)]

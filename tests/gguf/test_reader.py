@@ -155,6 +155,33 @@ def test_raw_is_a_view(file: irkit.gguf.File) -> None:
     assert np.array_equal(raw.view("<f4"), TENSORS["weights"].ravel())
 
 
+@pytest.mark.parametrize("odd", ["", "a\0b", "\0" * 9, "x" * 256, "y" * 70000, "\x07" + "\0" * 7, "Ġ▁wörd", None])
+@pytest.mark.parametrize("at", [0, 1, 1500, 2999])
+def test_a_long_list_is_read_as_a_short_one_is(tmp_path: Path, odd: str | None, at: int) -> None:
+    """Long lists are read many strings at a time, as far as these are short and hold no zeros."""
+    strings = [f"token {number} ▁" for number in range(3000)]
+    if odd is not None:
+        strings[at] = odd
+    path = tmp_path / "strings.gguf"
+    writer = gguf.GGUFWriter(path, "test")
+    writer.add_array("strings", strings)
+    writer.add_uint32("after", 7)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with irkit.gguf.open(path) as file:
+        assert file.metadata["strings"] == strings
+        assert file.metadata["after"] == 7
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"token 1500 ", b"token \xff500 "))
+    with irkit.gguf.open(path) as file:
+        expected = [text.replace("token 1500", "token \ufffd500") for text in strings]
+        assert file.metadata["strings"] == expected
+    path.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(ModelFileError):
+        irkit.gguf.open(path)
+
+
 def test_dequantize_into_given_memory(file: irkit.gguf.File) -> None:
     out = np.empty((2, 2), np.float32)
     assert file.dequantize("halves", out=out) is out

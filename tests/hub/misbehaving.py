@@ -1,5 +1,6 @@
 """A web server on the loopback that keeps to no rule it is told to break, and a small model for it to serve."""
 
+import contextlib
 import functools
 import hashlib
 import re
@@ -32,6 +33,8 @@ class FakeHub:
     etags: dict[str, str] = field(default_factory=dict)
     script: list[Answer] = field(default_factory=list)
     seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    says_ranges: bool = False
+    """Whether it says that it can send ranges; large files are then fetched in pieces."""
     released: threading.Event = field(default_factory=threading.Event)
 
     def gets(self, header: str = "Range") -> list[str | None]:
@@ -75,15 +78,19 @@ class Handler(BaseHTTPRequestHandler):
 def obey(handler: Handler, content: bytes, *, cut: int | None = None) -> None:
     """Does what HTTP says, ranges included; `cut` closes the connection after so many bytes of the body."""
     etag = handler.etag(content)
-    wanted = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-    first, status, headers = 0, 200, {"ETag": etag}
+    wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
+    first, end, status, headers = 0, len(content), 200, {"ETag": etag}
+    if handler.hub.says_ranges:
+        headers["Accept-Ranges"] = "bytes"
     if wanted and handler.headers.get("If-Range", etag) == etag:
         first, status = int(wanted[1]), 206
         if first >= len(content):
             return handler.head(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
-        headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-    handler.head(status, headers | {"Content-Length": str(len(content) - first)})
-    handler.wfile.write(content[first : len(content) if cut is None else first + cut])
+        end = int(wanted[2]) + 1 if wanted[2] else end
+        headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(content)}"
+    handler.head(status, headers | {"Content-Length": str(end - first)})
+    with contextlib.suppress(ConnectionError):  # who only wanted to know the size has left
+        handler.wfile.write(content[first : end if cut is None else first + cut])
     return None
 
 

@@ -19,7 +19,7 @@ LONG = {"model": "smollm2", "messages": "Count to one thousand.", "num_predict":
 
 
 def test_small_routes(client):
-    assert client.get("/").text == "irkit is running"
+    assert client.get("/").text == "Ollama is running"
     assert client.head("/").status_code == 200
     assert client.get("/api/health").json() == {"status": "ok"}
     version = client.get("/api/version").json()["version"]

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from irkit import Session, hub
 from irkit.engine import runtime
-from irkit.errors import BudgetError
 from irkit.server import captures
 
 TEXT = "hello there"
@@ -227,9 +226,20 @@ def test_many_texts_are_limited(client, tiny, monkeypatch):
     monkeypatch.setattr(captures, "MAX_TEXTS", 2)
     assert "a request may have 2, got 3" in refused(client, "/api/trace", texts=["a", "b", "c"])
     assert "there is none" in refused(client, "/api/trace", texts=[])
-    captures.check_room(tiny, {"texts": ["a"], "names": ()}, 1000)
-    with pytest.raises(BudgetError, match=r"the KV cache of these texts would take .* the server's budget is 1 kB"):
-        captures.check_room(tiny, {"texts": ["a", "b"], "names": ()}, 1000)
+
+
+def test_what_a_request_may_hold_counts_the_cache(client, tiny):
+    asked = {"texts": ["a", "b"], "names": [], "logits": "none"}
+    needed = tiny.estimate(**asked)
+    assert (needed.nbytes, needed.cache > 1000) == (0, True)
+    assert "a KV cache of" in refused(client, "/api/trace", 413, **asked, budget=needed.cache - 1)
+    ask(client, "/api/trace", **asked, budget=needed.cache)
+
+
+def test_a_lens_has_a_budget(client):
+    assert "the budget is 1 kB" in refused(client, "/api/lens", 413, text=TEXT, budget=1000)
+    assert "200 tokens at 2 layers" in refused(client, "/api/lens", 413, text=TEXT, k=200, budget=25_000)
+    assert ask(client, "/api/lens", text=TEXT, k=1, budget=25_000)["layers"] == ["0", "1"]
 
 
 def steer(**words: Any) -> dict[str, Any]:

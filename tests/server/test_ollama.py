@@ -7,7 +7,6 @@ from typing import Any
 import httpx
 import pytest
 
-from irkit import hub
 from irkit.engine import Model
 from irkit.errors import ContextFullError
 from irkit.results import Generation, Token
@@ -95,13 +94,28 @@ def test_logprobs_of_each_token(client, path):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"options": {"top_k": "many"}}, 'option "top_k" must be a valid integer'),
+        ({"options": {"top_k": "40"}}, 'option "top_k" must be of type integer'),
+        ({"options": {"top_k": 1.5}}, 'option "top_k" must be of type integer'),
+        ({"options": {"seed": True}}, 'option "seed" must be of type integer'),
+        ({"options": {"num_ctx": "big"}}, 'option "num_ctx" must be of type integer'),
+        ({"options": {"temperature": "hot"}}, 'option "temperature" must be of type float32'),
+        ({"options": {"stop": 5}}, 'option "stop" must be a valid tuple'),
         ({"options": {"temperature": -1}}, 'option "temperature" must be greater than or equal to 0'),
         ({"options": {"num_ctx": 1}}, 'option "num_ctx" must be greater than or equal to 8'),
         ({"options": [1]}, 'option "options" must be a valid dictionary'),
         ({"prompt": 3}, 'option "prompt" must be a valid string'),
         ({"logprobs": True, "top_logprobs": 21}, 'option "top_logprobs" must be less than or equal to 20'),
-        ({"format": "json"}, '"format" is not supported'),
+        ({"format": "xml"}, 'option "format'),
+        ({"format": {"type": "nonsense"}}, "format"),
+        ({"keep_alive": "soon"}, 'option "keep_alive": must be seconds, or a duration such as 10m or 1h30m'),
+        ({"suffix": "x"}, "model 'smollm2' does not support insert"),
+        ({"think": True}, "model 'smollm2' does not support thinking"),
+        ({"think": "high"}, 'option "think": how much to think is not supported'),
+        ({"raw": True, "system": "x"}, "raw mode does not support"),
+        ({"template": "{{ range .Tools }}{{ . }}{{ end }}"}, "the template, a Go one, is beyond"),
+        ({"template": "{% if %}"}, "template cannot be read"),
+        ({"context": [1, -5]}, "token id -5 is outside the vocabulary"),
+        ({"shift": True}, '"shift" is not supported'),
         ({"images": ["aGk="]}, '"images" is not supported'),
         ({"model": "../../etc/passwd"}, "cannot be a model's name"),
         ({"model": ""}, "cannot be a model's name"),
@@ -129,6 +143,31 @@ def test_a_bad_message_is_400_and_says_what(client, messages, words):
     reply = ask(client, "/api/chat", messages=messages)
     assert reply.status_code == 400
     assert words in reply.json()["error"]
+
+
+def test_a_template_and_a_context_of_the_request(client):
+    prompt = {"options": {"num_predict": 3, "temperature": 0}, "stream": False, "prompt": "One, two,"}
+    plain = ask(client, "/api/generate", raw=True, **prompt).json()
+    for template in ("{{ .Prompt }}", "{{ messages[0].content }}"):
+        assert ask(client, "/api/generate", template=template, **prompt).json()["response"] == plain["response"]
+    assert "context" not in plain
+    first = ask(client, "/api/generate", **prompt).json()
+    assert len(first["context"]) == first["prompt_eval_count"] + first["eval_count"]
+    second = ask(client, "/api/generate", **prompt | {"prompt": "And?", "context": first["context"]}).json()
+    assert second["context"][: len(first["context"])] == first["context"]
+    assert second["prompt_eval_count"] > len(first["context"])
+
+
+@shapes
+@pytest.mark.parametrize("stream", [True, False])
+def test_format(client, path, stream):
+    schema = {"type": "object", "properties": {"sky": {"enum": ["blue", "grey"]}}, "required": ["sky"]}
+    schema["additionalProperties"] = False
+    reply = ask(client, path, format=schema, stream=stream, options={"temperature": 0, "num_predict": 64})
+    text = "".join(map(SHAPES[path][1], lines(reply) if stream else [reply.json()]))
+    assert json.loads(text)["sky"] in ("blue", "grey")
+    as_json = ask(client, path, format="json", stream=False, options={"temperature": 0, "num_predict": 256})
+    assert SHAPES[path][1](as_json.json()).lstrip().startswith("{")
 
 
 def test_unknown_options_are_reported_but_not_refused(client, caplog):
@@ -171,27 +210,27 @@ def test_embed(client):
     assert reply["prompt_eval_count"] == 6
     assert reply["total_duration"] > 0
     one = client.post("/api/embed", json={"model": "smollm2", "input": "a cat", "options": {"normalize": False}})
-    assert sum(x * x for x in one.json()["embeddings"][0]) > 2
+    long = one.json()["embeddings"][0]
+    assert sum(x * x for x in long) > 2
+    old = client.post("/api/embeddings", json={"model": "smollm2", "prompt": "a cat"}).json()
+    assert old["embedding"] == pytest.approx(long, rel=1e-4, abs=1e-4)
+    assert client.post("/api/embeddings", json={"model": "smollm2"}).json() == {"embedding": []}
+    short = client.post("/api/embed", json={"model": "smollm2", "input": "a cat", "dimensions": 16}).json()
+    (vector,) = short["embeddings"]
+    assert vector == pytest.approx([x / math.sqrt(sum(y * y for y in first[:16])) for x in first[:16]], abs=1e-5)
 
 
-def test_tags_and_delete(client, model_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("IRKIT_HOME", str(tmp_path))
-    hub.add(model_path, "doomed")
-    (tag,) = client.get("/api/tags").json()["models"]
-    assert (tag["name"], tag["size"]) == ("doomed", model_path.stat().st_size)
-    assert tag["details"]["family"] == "llama"
-    assert tag["details"]["parameter_size"] == "134.5M"
-    assert tag["details"]["quantization_level"] == "Q4_1"
-    assert client.head("/api/tags").status_code == 200
-    text = {"text": "hi", "model": "doomed"}
-    assert client.post("/api/tokenize", json=text).status_code == 200
-    gone = client.request("DELETE", "/api/delete", json={"model": "doomed:latest"})
-    assert (gone.status_code, gone.content) == (200, b"")
-    again = client.request("DELETE", "/api/delete", json={"name": "doomed"})
-    assert (again.status_code, again.json()) == (404, {"error": "model 'doomed' not found"})
-    assert client.post("/api/tokenize", json=text).status_code == 404
-    assert client.get("/api/tags").json() == {"models": []}
-    assert model_path.is_file()
+def test_what_embed_cannot_do(client):
+    for body, words in [
+        ({"dimensions": 577}, 'option "dimensions" must be 576 or less, got 577'),
+        ({"dimensions": 0}, 'option "dimensions" must be greater than or equal to 1'),
+        ({"input": "word " * 40}, "the context holds 16"),
+    ]:
+        reply = client.post("/api/embed", json={"model": "smollm2", "input": "x", "options": {"num_ctx": 16}} | body)
+        assert reply.status_code == 400
+        assert words in reply.json()["error"]
+    cut = {"model": "smollm2", "input": "word " * 40, "options": {"num_ctx": 16}, "truncate": True}
+    assert client.post("/api/embed", json=cut).json()["prompt_eval_count"] == 16
 
 
 def fails(tokens: int) -> Generation:

@@ -10,6 +10,7 @@ import pytest
 
 from irkit.errors import ModelFileError, OptionError
 from irkit.tokenizer import ChatTemplate, Tokenizer
+from irkit.tokenizer.answers import Content, Thinking, ToolCall
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -205,3 +206,38 @@ def test_encoding_begins_with_bos_once(spm: Callable[..., Tokenizer], byte_level
 def test_what_is_no_template_is_refused(source: str) -> None:
     with pytest.raises(ModelFileError, match="chat template"):
         ChatTemplate(source)
+
+
+THINKING = "{% for m in messages %}{{ m.content }}</think>{% endfor %}A:"
+
+
+def test_whether_tools_get_into_the_text() -> None:
+    assert not ChatTemplate(CHATML).takes_tools
+    assert ChatTemplate("{{ tools | tojson if tools }}<tool_call>").takes_tools
+    assert not ChatTemplate("{{ raise_exception('no') if tools }}<tool_call>").takes_tools
+
+
+def test_an_answer_is_read_in_the_forms_of_its_template() -> None:
+    reader = ChatTemplate("{{ tools | tojson if tools }}<tool_call>").reader(TOOLS)
+    parts = reader.push('<tool_call>{"name": "add", "arguments": {}}</tool_call>') + reader.flush()
+    assert parts == [ToolCall("add", {})]
+    assert ChatTemplate("<tool_call>").reader().push("<tool_call>{}") == [Content("<tool_call>{}")]
+    opened = ChatTemplate(THINKING + "<think>\n").reader()
+    assert opened.push("Hm.</think>Yes.") == [Thinking("Hm."), Content("Yes.")]
+
+
+@pytest.mark.parametrize(
+    ("source", "end"),
+    [
+        (THINKING, "A:<think>\n\n</think>\n\n"),
+        (THINKING + "<think>\n", "A:<think>\n\n</think>\n\n"),
+        (THINKING + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}", "A:<think>\n\n</think>\n\n"),
+        (THINKING + "{{ '<think>' if thinking else '</think>' }}", "A:</think>"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}A:", "A:"),
+    ],
+)
+def test_a_model_that_is_not_to_think_begins_behind_an_empty_thought(source: str, end: str) -> None:
+    template = ChatTemplate(source)
+    assert template.render(user("hi"), think=False).endswith(end)
+    parts = template.reader(think=False).push("Yes.")
+    assert parts == [Content("Yes.")]

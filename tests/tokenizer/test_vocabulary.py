@@ -59,6 +59,14 @@ def test_user_defined_tokens_are_always_found_and_control_tokens_on_request(byte
     assert end in tokenizer.encode("a<|im_end|>b", parse_special=True)
 
 
+def test_control_tokens_that_set_the_parts_of_an_answer_off_can_be_written(byte_level: MakeTokenizer) -> None:
+    tokenizer = byte_level(control=["[TOOL_CALLS]", "[/TOOL]"])
+    ids = tokenizer.encode("a[TOOL_CALLS]{}[/TOOL]", parse_special=True)
+    for markers, text in ((True, "a[TOOL_CALLS]{}"), (False, "a{}")):
+        stream = tokenizer.stream(markers=markers)
+        assert "".join(map(stream.push, ids)) == text
+
+
 def test_the_longest_of_overlapping_tokens_is_found(byte_level: MakeTokenizer) -> None:
     tokenizer = byte_level(control=["<a>", "<a><b>", "<b>"])
     assert [tokenizer.token(id) for id in ids_of(tokenizer, "<a><a><b><b>")] == ["<a>", "<a><b>", "<b>"]

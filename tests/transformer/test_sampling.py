@@ -156,8 +156,10 @@ def test_it_agrees_with_the_reference(options: SamplingOptions, seed: int, token
         {"temperature": 0.0},
     ],
 )
-def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("allowed", [None, [*range(20, 90), 199]])
+def test_draws_follow_the_distribution(options: dict[str, Any], allowed: list[int] | None) -> None:
     rows, rounds = 64, 40
+    bits = sampling.everything(rows, 200) if allowed is None else np.tile(sampling.words(allowed, 200), (rows, 1))
     logits = np.random.default_rng(1).normal(scale=1.5, size=200).astype(np.float32)
     drawn = jax.jit(sampling.sample, static_argnames="top")
     counts = np.zeros(200)
@@ -165,12 +167,12 @@ def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
         seeds = [turn * rows + row for row in range(rows)]
         chosen = sampling.settings([SamplingOptions(**options)] * rows, seeds, 200)
         history, length = np.zeros((rows, 1), np.int32), np.ones(rows, np.int32)
-        result = drawn(np.tile(logits, (rows, 1)), history, length, chosen, top=3)
+        result = drawn(np.tile(logits, (rows, 1)), history, length, chosen, bits, top=3)
         counts += np.bincount(np.asarray(result.token), minlength=200)
         np.testing.assert_allclose(
             result.top[1][0], np.sort(np.log(np.exp(logits) / np.exp(logits).sum()))[:-4:-1], rtol=1e-4
         )
-    expected = irkit.sampling_distribution(logits, **options) * rows * rounds
+    expected = irkit.sampling_distribution(logits, allowed=allowed, **options) * rows * rounds
     assert not counts[expected == 0].any()
     likely = expected > 0
     chi_squared = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
@@ -193,8 +195,22 @@ def test_settings_are_traced() -> None:
     )
     for index, option in enumerate(SamplingOptions.model_fields):
         value: Any = {3: 1.5} if option == "logit_bias" else 0.4 if option not in ("top_k", "repeat_last_n") else 7
-        draw(logits, history, length, sampling.settings([SamplingOptions(**{option: value})], [index], 300))
+        chosen = sampling.settings([SamplingOptions(**{option: value})], [index], 300)
+        draw(logits, history, length, chosen, sampling.words([index, 299], 300))
     assert len(traced) == 1
+
+
+def test_only_what_is_allowed_is_drawn() -> None:
+    probabilities = [0.1, 0.2, 0.3, 0.4]
+    np.testing.assert_allclose(distribution(probabilities, allowed=[0, 2]), [0.25, 0, 0.75, 0], rtol=1e-5)
+    np.testing.assert_allclose(distribution(probabilities, allowed=[1], top_k=3), [0, 1, 0, 0])
+    np.testing.assert_allclose(distribution(probabilities, allowed=[0, 2], temperature=0), [0, 0, 1, 0])
+    # The threshold of XTC, too, is held against what is left: of two above it, the less likely stays.
+    excluded: dict[str, Any] = {"xtc_probability": 1.0, "xtc_threshold": 0.0}
+    np.testing.assert_allclose(distribution(probabilities, allowed=[0, 2], **excluded), [1, 0, 0, 0])
+    # Neither does the deviation know of others: of 0 and 1 it is a half.
+    sigma: dict[str, Any] = OFF | {"allowed": [0, 1], "top_n_sigma": 1.9}
+    assert irkit.sampling_distribution([0.0, 1.0, 50.0], **sigma).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +220,8 @@ def test_settings_are_traced() -> None:
         ([1.0, 2.0], (), {"top_p": 1.5}, "top_p"),
         ([1.0, 2.0], (), {"logit_bias": {2: 1.0}}, "logit_bias"),
         ([1.0, 2.0], (2,), {}, "tokens"),
+        ([1.0, 2.0], (), {"allowed": [2]}, "allowed"),
+        ([1.0, 2.0], (), {"allowed": []}, "allowed"),
         ([1.0, np.nan], (), {}, "logits"),
         ([[1.0, 2.0]], (), {}, "logits"),
         ([], (), {}, "logits"),

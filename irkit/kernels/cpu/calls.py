@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,26 +22,57 @@ from irkit.kernels.cpu import library
 from irkit.kernels.cpu.packing import FORMS
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Int, UInt32
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """A block's matrices, in the order in which the layer's kernel takes them."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["form", "shape"])
+@partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["form", "shape", "start"])
 @dataclass(frozen=True)
 class Packed:
     """A matrix `[out, in]` in one of the forms that the kernels read."""
 
     data: Any
-    """uint8 `[bytes]`, laid out as src/forms.h says."""
+    """uint8 `[bytes]`, laid out as src/forms.h says; None in a tree that `Joined` holds."""
     form: str
     shape: tuple[int, int]
+    start: int = 0
+    """Where in `data` it begins: a multiple of 64."""
 
     @property
     def attributes(self) -> dict[str, Any]:
         """What a kernel must be told of it."""
-        return {"form": np.int64(FORMS.index(self.form)), "rows": np.int64(self.shape[0])}
+        numbers = {"start": self.start, "form": FORMS.index(self.form), "rows": self.shape[0]}
+        return {name: np.int64(number) for name, number in numbers.items()}
+
+
+@jax.tree_util.register_pytree_node_class
+class Joined(dict[str, Any]):
+    """Parameters whose packed matrices all lie in one array.
+
+    To jax that is one array, where it would be hundreds: what a call of a compiled program costs is a matter of how
+    many it takes.
+    """
+
+    def __init__(self, data: Any, apart: dict[str, Any]) -> None:
+        """`apart` are the parameters, the `data` of every `Packed` among them left out."""
+        leaves, self._tree = jax.tree.flatten(apart)
+        self._leaves = data, *leaves
+
+        def whole(leaf: Any) -> Any:
+            return replace(leaf, data=data) if isinstance(leaf, Packed) else leaf
+
+        super().__init__(jax.tree.map(whole, apart, is_leaf=lambda leaf: isinstance(leaf, Packed)))
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        """What jax asks for: the arrays, and how they are arranged."""
+        return self._leaves, self._tree
+
+    @classmethod
+    def tree_unflatten(cls, tree: Any, leaves: Sequence[Any]) -> Joined:
+        """And how to put it together again."""
+        return cls(leaves[0], jax.tree.unflatten(tree, leaves[1:]))
 
 
 def take(matrix: Packed, ids: Int[Array, "b t"]) -> Float[Array, "b t i"]:
@@ -97,16 +128,20 @@ def top_k(x: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[Arra
 
 
 def sample(
-    logits: Float[Array, "b v"], history: Int[Array, "b c"], length: Int[Array, " b"], settings: Sequence[Array]
+    logits: Float[Array, "b v"],
+    history: Int[Array, "b c"],
+    length: Int[Array, " b"],
+    allowed: UInt32[Array, "b w"],
+    settings: Sequence[Array],
 ) -> tuple[Int[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
     """The token drawn after each row, its log-probability, and the logarithm of the sum of the row's exponentials.
 
     Draws as `irkit.transformer.sampling.draw` does, with the same random numbers, from probabilities that differ by
-    rounding only; `settings` are its `Settings`.
+    rounding only; `allowed` are its bits, `settings` its `Settings`.
     """
     rows = logits.shape[:1]
     results = [jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
-    token, logprob, normalizer = jax.ffi.ffi_call("irkit_sample", results)(logits, history, length, *settings)
+    token, logprob, normalizer = jax.ffi.ffi_call("irkit_sample", results)(logits, history, length, allowed, *settings)
     return token, logprob, normalizer
 
 
@@ -162,6 +197,7 @@ def layer(
         block["ln2"],
         *(block[name].data for name in MATRICES),
         *biases,
+        starts=np.array([block[name].start for name in MATRICES], np.int64),
         forms=np.array([FORMS.index(block[name].form) for name in MATRICES], np.int64),
         n_heads=np.int64(n_heads),
         d_mlp=np.int64(d_mlp),

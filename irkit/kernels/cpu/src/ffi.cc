@@ -22,13 +22,14 @@ using Dimensions = ffi::AnyBuffer::Dimensions;
 
 ffi::Error wrong(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "irkit: " + what); }
 
-bool fits(const Bytes& packed, int64_t form, int64_t rows, int64_t cols) {
-  return form >= 0 && form < kForms && rows > 0 && cols > 0 &&
-         (int64_t)packed.element_count() == panels(rows) * panel_layout((Form)form, cols).bytes;
+// Whether the packed matrix that begins at byte `start` lies within the buffer.
+bool fits(const Bytes& packed, int64_t start, int64_t form, int64_t rows, int64_t cols) {
+  if (form < 0 || form >= kForms || rows <= 0 || cols <= 0 || start < 0 || start % 64) return false;
+  return start + panels(rows) * panel_layout((Form)form, cols).bytes <= (int64_t)packed.element_count();
 }
 
-Matrix matrix(const Bytes& packed, int64_t form, int64_t rows, int64_t cols) {
-  return {packed.typed_data(), nullptr, (Form)form, rows, cols};
+Matrix matrix(const Bytes& packed, int64_t start, int64_t form, int64_t rows, int64_t cols) {
+  return {packed.typed_data() + start, nullptr, (Form)form, rows, cols};
 }
 
 int64_t product_but_last(Dimensions dims) {
@@ -37,20 +38,20 @@ int64_t product_but_last(Dimensions dims) {
   return product;
 }
 
-ffi::Error take_rows(Bytes packed, Ints ids, int64_t form, int64_t rows, ffi::ResultBuffer<ffi::F32> out) {
+ffi::Error take_rows(Bytes packed, Ints ids, int64_t start, int64_t form, int64_t rows, ffi::ResultBuffer<ffi::F32> out) {
   const int64_t cols = out->dimensions()[out->dimensions().size() - 1];
-  if (!fits(packed, form, rows, cols)) return wrong("take: the packed matrix has another size");
-  irkit_unpack_rows((int32_t)form, packed.typed_data(), rows, cols, ids.typed_data(), (int64_t)ids.element_count(),
+  if (!fits(packed, start, form, rows, cols)) return wrong("take: the packed matrix has another size");
+  irkit_unpack_rows((int32_t)form, packed.typed_data() + start, rows, cols, ids.typed_data(), (int64_t)ids.element_count(),
                     out->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error multiply(Floats x, Bytes packed, int64_t form, int64_t rows, ffi::ResultBuffer<ffi::F32> y,
+ffi::Error multiply(Floats x, Bytes packed, int64_t start, int64_t form, int64_t rows, ffi::ResultBuffer<ffi::F32> y,
                     ffi::ResultBuffer<ffi::U8> scratch) {
   const int64_t cols = x.dimensions()[x.dimensions().size() - 1], count = product_but_last(x.dimensions());
-  if (!fits(packed, form, rows, cols)) return wrong("linear: the packed matrix has another size");
+  if (!fits(packed, start, form, rows, cols)) return wrong("linear: the packed matrix has another size");
   if ((int64_t)scratch->element_count() < linear_scratch(count, cols)) return wrong("linear: too little scratch memory");
-  linear(matrix(packed, form, rows, cols), x.typed_data(), count, nullptr, 0, y->typed_data(), scratch->typed_data());
+  linear(matrix(packed, start, form, rows, cols), x.typed_data(), count, nullptr, 0, y->typed_data(), scratch->typed_data());
   return ffi::Error::Success();
 }
 
@@ -100,11 +101,11 @@ ffi::Error attention(Floats q, ffi::AnyBuffer keys, ffi::AnyBuffer values, Ints 
 
 ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                  Floats ln1, Floats ln2, Bytes q, Bytes k, Bytes v, Bytes o, Bytes gate, Bytes up, Bytes down,
-                 ffi::RemainingArgs biases, ffi::Span<const int64_t> forms, int64_t n_heads, int64_t d_mlp, float eps,
-                 float scale, ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> new_keys,
+                 ffi::RemainingArgs biases, ffi::Span<const int64_t> starts, ffi::Span<const int64_t> forms, int64_t n_heads,
+                 int64_t d_mlp, float eps, float scale, ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> new_keys,
                  ffi::Result<ffi::AnyBuffer> new_values, ffi::ResultBuffer<ffi::U8> scratch) {
   const Dimensions shape = resid.dimensions(), cache = keys.dimensions();
-  if (shape.size() != 3 || cache.size() != 4 || forms.size() != 7) return wrong("layer: shapes do not fit");
+  if (shape.size() != 3 || cache.size() != 4 || starts.size() != 7 || forms.size() != 7) return wrong("layer: shapes do not fit");
   if (keys.untyped_data() != new_keys->untyped_data() || values.untyped_data() != new_values->untyped_data())
     return wrong("layer: the cache must be written in place");
   Layer l = {};
@@ -127,8 +128,8 @@ ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, f
                         {&l.down, &down, d_model, d_mlp}};
   for (int i = 0; i < 7; ++i) {
     const auto& m = matrices[i];
-    if (!fits(*m.from, forms[i], m.rows, m.cols)) return wrong("layer: a packed matrix has another size");
-    *m.to = matrix(*m.from, forms[i], m.rows, m.cols);
+    if (!fits(*m.from, starts[i], forms[i], m.rows, m.cols)) return wrong("layer: a packed matrix has another size");
+    *m.to = matrix(*m.from, starts[i], forms[i], m.rows, m.cols);
     if (biases.size() == 0) continue;
     const auto bias = biases.get<Floats>(i);
     if (bias.has_error()) return bias.error();
@@ -163,12 +164,13 @@ ffi::Error largest(Floats x, ffi::ResultBuffer<ffi::F32> values, ffi::ResultBuff
 }
 
 // Settings are those of irkit/transformer/sampling.py, in their order, a number for each row.
-ffi::Error draw(Floats logits, Ints history, Ints length, ffi::RemainingArgs settings, ffi::ResultBuffer<ffi::S32> token,
-                ffi::ResultBuffer<ffi::F32> logprob, ffi::ResultBuffer<ffi::F32> normalizer) {
+ffi::Error draw(Floats logits, Ints history, Ints length, ffi::Buffer<ffi::U32> allowed, ffi::RemainingArgs settings,
+                ffi::ResultBuffer<ffi::S32> token, ffi::ResultBuffer<ffi::F32> logprob,
+                ffi::ResultBuffer<ffi::F32> normalizer) {
   constexpr size_t kSettings = 14;
   const Dimensions shape = logits.dimensions(), past = history.dimensions();
   if (shape.size() != 2 || past.size() != 2 || settings.size() != kSettings) return wrong("sample: shapes do not fit");
-  const int64_t rows = shape[0], count = shape[1];
+  const int64_t rows = shape[0], count = shape[1], words = (count + 31) / 32;
   const void* data[kSettings];
   for (size_t i = 0; i < kSettings; ++i) {
     const auto setting = settings.get<ffi::AnyBuffer>(i);
@@ -179,7 +181,9 @@ ffi::Error draw(Floats logits, Ints history, Ints length, ffi::RemainingArgs set
       return wrong("sample: a setting has another shape or type");
     data[i] = setting->untyped_data();
   }
-  if (count < 1 || past[0] != rows || (int64_t)length.element_count() != rows) return wrong("sample: shapes do not fit");
+  if (count < 1 || past[0] != rows || (int64_t)length.element_count() != rows ||
+      (int64_t)allowed.element_count() != rows * words)
+    return wrong("sample: shapes do not fit");
   for (int64_t row = 0; row < rows; ++row) {
     const auto whole = [&](size_t i) { return static_cast<const int32_t*>(data[i])[row]; };
     const auto number = [&](size_t i) { return static_cast<const float*>(data[i])[row]; };
@@ -187,7 +191,8 @@ ffi::Error draw(Floats logits, Ints history, Ints length, ffi::RemainingArgs set
     const int64_t counted = length.typed_data()[row];
     if (counted < 0 || counted > past[1]) return wrong("sample: more tokens than there is history");
     const float* of_row = logits.typed_data() + row * count;
-    const int32_t drawn = sample({of_row, static_cast<const float*>(data[12]) + row * count, count,
+    const int32_t drawn = sample({of_row, static_cast<const float*>(data[12]) + row * count,
+                                  allowed.typed_data() + row * words, count,
                                   history.typed_data() + row * past[1], counted, whole(0), number(1), number(2),
                                   number(3), number(4), whole(5), number(6), number(7), number(8), number(9),
                                   number(10), number(11), {key[0], key[1]}});
@@ -215,6 +220,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_take, irkit::take_rows,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int64_t>("start")
                                   .Attr<int64_t>("form")
                                   .Attr<int64_t>("rows")
                                   .Ret<ffi::Buffer<ffi::F32>>());
@@ -223,6 +229,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_linear, irkit::multiply,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Attr<int64_t>("start")
                                   .Attr<int64_t>("form")
                                   .Attr<int64_t>("rows")
                                   .Ret<ffi::Buffer<ffi::F32>>()
@@ -258,6 +265,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_layer, irkit::block,
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .RemainingArgs()
+                                  .Attr<ffi::Span<const int64_t>>("starts")
                                   .Attr<ffi::Span<const int64_t>>("forms")
                                   .Attr<int64_t>("n_heads")
                                   .Attr<int64_t>("d_mlp")
@@ -277,6 +285,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_sample, irkit::draw,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
                                   .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()

@@ -80,12 +80,33 @@ void penalize(const Sampling& s, std::vector<float>* x) {
   }
 }
 
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+// Whether any token was ruled out.
+bool rule_out(const Sampling& s, std::vector<float>* x) {
+  bool any = false;
+  for (int64_t from = 0; from < s.count; from += 32) {
+    const uint32_t word = s.allowed[from / 32];
+    if (word == 0xFFFFFFFF) continue;
+    any = true;
+    for (int64_t i = from; i < std::min(from + 32, s.count); ++i)
+      if (!(word >> (i - from) & 1)) (*x)[i] = kNever;
+  }
+  return any;
+}
+
+// Of those that are not ruled out.
 float deviation(const std::vector<float>& x) {
-  double sum = 0, squares = 0;
-  for (float each : x) sum += each;
-  const double mean = sum / (double)x.size();
-  for (float each : x) squares += (each - mean) * (each - mean);
-  return (float)std::sqrt(squares / (double)x.size());
+  double sum = 0, squares = 0, count = 0;
+  for (float each : x)
+    if (each != kNever) {
+      sum += each;
+      ++count;
+    }
+  const double mean = sum / count;
+  for (float each : x)
+    if (each != kNever) squares += (each - mean) * (each - mean);
+  return (float)std::sqrt(squares / count);
 }
 
 // Locally typical sampling (Meister et al., arXiv:2202.00666): those whose surprise is nearest the entropy.
@@ -147,12 +168,14 @@ int32_t draw(float random, float temperature, const Candidates& c) {
 int32_t sample(const Sampling& s) {
   std::vector<float> x(s.count);
   for (int64_t i = 0; i < s.count; ++i) x[i] = s.logits[i] + s.bias[i];
+  const bool restricted = rule_out(s, &x);
   penalize(s, &x);
   const bool greedy = s.temperature <= 0, likeliest = greedy && s.typical_p >= 1 && s.xtc_probability <= 0;
   const int64_t some = s.top_k > 0 ? std::min<int64_t>(s.top_k, s.count) : s.count, k = likeliest ? 1 : some;
   Candidates c = {std::vector<float>(k), std::vector<int32_t>(k)};
   top_k(x.data(), s.count, k, c.x.data(), c.ids.data());
   if (likeliest) return c.ids[0];
+  if (restricted) c.cut_below(std::numeric_limits<float>::lowest());
   if (s.top_n_sigma > 0) c.cut_below(c.x[0] - s.top_n_sigma * deviation(x));
   if (s.typical_p < 1) keep_typical(s.typical_p, &c);
   if (s.top_p < 1) keep_top_p(s.top_p, &c);

@@ -10,6 +10,7 @@ namespace irkit {
 struct Sampling {
   const float* logits;  // [count]
   const float* bias;    // [count], added to the logits
+  const uint32_t* allowed;  // a bit for each token that may be drawn, [(count + 31) / 32], lowest bit first
   int64_t count;
   const int32_t* history;  // [length]
   int64_t length;

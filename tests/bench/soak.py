@@ -1,0 +1,139 @@
+"""A server under load for a long time: `python tests/bench/soak.py --minutes 10`.
+
+Eight clients ask at random: streams and not, long prompts and short ones, many that leave in the middle, bad requests.
+Meanwhile the server's memory and slots are looked at. At the end it says whether the memory stayed flat, every slot is
+free, no request failed that should not, and an answer is the same as at the beginning; the exit code is 1 if not.
+"""
+
+import argparse
+import contextlib
+import random
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
+from real import Server, eventually, serving
+
+CLIENTS = 8
+WARM_UP = 0.25
+"""The share of the time after which memory should have stopped to grow: programs are compiled, caches are full."""
+GROWTH = 0.03
+"""By how much of itself memory may grow from then on."""
+MODEL = "smollm2"
+
+
+def client(server: Server, number: int, until: float, outcomes: Counter[str], failures: list[str]) -> None:
+    """Ask until then."""
+    rng = random.Random(number)
+    with httpx.Client(base_url=server.url, timeout=300) as http:
+        while time.monotonic() < until:
+            kind = rng.choice(["whole", "stream", "stream", "leave", "leave early", "long", "score", "embed", "bad"])
+            try:
+                ask(http, kind, rng)
+                outcomes[kind] += 1
+            except BusyError:
+                outcomes["busy"] += 1
+                time.sleep(0.5)
+            except Exception as error:
+                failures.append(f"{kind}: {type(error).__name__}: {error}")
+
+
+class BusyError(Exception):
+    """The server answers 503."""
+
+
+def ask(http: httpx.Client, kind: str, rng: random.Random) -> None:
+    """One request of this kind, and a look at what comes back."""
+    words = ["red", "green", "blue", "one", "two", "three", "why", "how", "who", "sea", "sky", "sun", "dog", "cat"]
+    prompt = " ".join(rng.choices(words, k=600 if kind == "long" else rng.randint(2, 60)))
+    options = {"num_predict": rng.randint(1, 64), "temperature": rng.choice([0, 0.8]), "num_ctx": 2048}
+    body = {"model": MODEL, "prompt": prompt, "options": options, "stream": False, "raw": rng.random() < 0.5}
+
+    def checked(reply: httpx.Response, status: int = 200) -> httpx.Response:
+        if reply.status_code == 503:
+            raise BusyError
+        if reply.status_code != status:
+            raise AssertionError(f"status {reply.status_code}: {reply.text[:200]}")
+        return reply
+
+    match kind:
+        case "whole" | "long":
+            assert checked(http.post("/api/generate", json=body)).json()["done"]
+        case "score":
+            assert checked(http.post("/api/score", json={"model": MODEL, "text": prompt})).json()["result"]["total"] < 0
+        case "embed":
+            reply = checked(http.post("/api/embed", json={"model": MODEL, "input": [prompt, "short"]}))
+            assert len(reply.json()["embeddings"]) == 2
+        case "bad":
+            checked(http.post("/api/generate", content=b'{"model": "smollm2", "options": {"top_p": 7}}'), 400)
+        case "leave early":
+            with contextlib.suppress(httpx.TimeoutException):
+                http.post("/api/generate", json=body | {"prompt": prompt * 20}, timeout=0.3)
+        case _:
+            with http.stream("POST", "/api/generate", json=body | {"stream": True}) as reply:
+                if reply.status_code != 200:
+                    reply.read()
+                checked(reply)
+                lines = reply.iter_lines()
+                last = next(lines)
+                if kind == "stream":
+                    *_, last = last, *lines
+                    assert '"done":true' in last
+
+
+def watch(server: Server, until: float, seconds: float) -> list[tuple[float, float]]:
+    """The server's memory in MB, by time."""
+    seen, began = [], time.monotonic()
+    while time.monotonic() < until:
+        time.sleep(min(seconds, max(until - time.monotonic(), 0)))
+        now = time.monotonic() - began
+        seen.append((now, server.gauge("memory_bytes") / 1e6))
+        busy, queue = server.gauge("slots_busy"), server.gauge("queue")
+        print(f"{now:6.0f} s  {seen[-1][1]:7.0f} MB  {busy:.0f} made, {queue:.0f} waiting", flush=True)
+    return seen
+
+
+def main() -> int:
+    """Run the load and say what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10, help="how long (60 for the long one)")
+    minutes = parser.parse_args().minutes
+    with serving("--max-queue", "64") as server:
+        expected = server.ask()
+        until = time.monotonic() + 60 * minutes
+        outcomes, failures = Counter[str](), list[str]()
+        clients = [
+            threading.Thread(target=client, args=(server, number, until, outcomes, failures))
+            for number in range(CLIENTS)
+        ]
+        for thread in clients:
+            thread.start()
+        seen = watch(server, until, max(60 * minutes / 60, 2))
+        for thread in clients:
+            thread.join()
+        problems = [f"{len(failures)} requests failed, such as: {failure}" for failure in failures[:1]]
+        try:
+            eventually(server.free)
+        except AssertionError:
+            problems.append(f"{server.gauge('slots_busy'):.0f} slots and {server.gauge('queue'):.0f} places are lost")
+        if server.ask() != expected:
+            problems.append("an answer is not what it was")
+        warm = [memory for now, memory in seen if now > WARM_UP * 60 * minutes]
+        half = len(warm) // 2
+        before, after = statistics.median(warm[:half]), statistics.median(warm[half:])
+        if after > before * (1 + GROWTH):
+            problems.append(f"memory grew from {before:.0f} to {after:.0f} MB")
+    print(", ".join(f"{count} {kind}" for kind, count in sorted(outcomes.items())))
+    print(f"memory: {before:.0f} MB in the first half after warming up, {after:.0f} MB in the second")
+    print("\n".join(f"FAILED: {problem}" for problem in problems) or "passed: memory flat, no slot lost")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
