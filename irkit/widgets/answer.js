@@ -117,7 +117,7 @@ function alternatives(token, entropy, pick = null) {
     stripe.style.width = `${Math.max(1, 100 * Math.exp(other.logprob - best))}%`;
     const name = tokenLabel(other.text, 28);
     const chosen = other.id === token.id;
-    const cell = pick && !chosen ? make("button", { className: "irkit-pick", title: "Continue from here", onclick: () => pick(other) }, name) : make("span", { className: "irkit-picked" }, name);
+    const cell = pick && !chosen ? make("button", { className: "irkit-pick", title: "Continue from here", onclick: () => pick(other) }, name) : make("span", {}, name);
     const row = make(
       "tr",
       { className: chosen ? "irkit-chosen" : "" },
