@@ -20,7 +20,7 @@ from irkit.verbs import REQUIRED, Parameter, load_parameters, option_parameters,
 from irkit.widgets import controls
 
 # Options that are no number, choice or list of texts: a notebook's user sets them in Python.
-NO_CONTROL = {"logit_bias"}
+NO_CONTROL = {"logit_bias", "format"}
 # Verbs whose route has Ollama's shape: their options are fields of an object in the body.
 OPENAI_ROUTES = [
     ("respond", "/v1/chat/completions"),

@@ -130,7 +130,7 @@ def control(parameter: Parameter) -> Any:
         return Checkbox(start, **label, **look, indent=True)
     if get_origin(kind) is Literal:
         return Dropdown(options=list(get_args(kind)), value=start, **label, **look)
-    if get_origin(kind) is tuple and get_args(kind)[:1] == (str,):
+    if get_origin(kind) is tuple and _kind(get_args(kind)[0]) is str:
         # A TagsInput has no description of its own: what it is stands in it until something is written.
         return TagsInput(
             value=list(start),

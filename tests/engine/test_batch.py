@@ -95,7 +95,7 @@ def bits_are_the_same(session: irkit.Session) -> bool:
 def test_answers_are_those_of_one_by_one(small: irkit.Session, calls: list[tuple[str, int]]) -> None:
     kinds: list[dict[str, Any]] = [
         {"num_predict": 3}, {"temperature": 0.0}, {"top_logprobs": 3, "seed": 9}, {"top_k": 5, "repeat_penalty": 1.5},
-        {"stop": "e"}, {"num_predict": 40, "min_p": 0.2},
+        {"stop": "e"}, {"num_predict": 40, "min_p": 0.2, "format": "json"},
     ]  # fmt: skip
     asks = [
         lambda s, prompt=prompt, kind=kind: s.generate(prompt, **dict(OPTIONS, **kind))

@@ -6,6 +6,7 @@
 #include "test_kernels.h"
 #include "test_layer.h"
 #include "test_pool.h"
+#include "test_sample.h"
 
 int main() {
   const char* wanted = std::getenv("IRKIT_ISA");
@@ -16,6 +17,7 @@ int main() {
   test_kernels();
   test_layers();
   test_pool();
+  test_sample();
   if (failures > 0) std::fprintf(stderr, "%d failures\n", failures.load());
   return failures > 0;
 }
