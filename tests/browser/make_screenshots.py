@@ -52,7 +52,7 @@ def token(notebook: Notebook, kernel: Kernel) -> Locator:
     kernel.until("c.wait(60)")
     view.locator("article.irkit-its .irkit-t").nth(9).click()
     expect(output.locator(".irkit-step .irkit-attention table tr")).not_to_have_count(0)
-    return output.locator(".jp-OutputArea-output").filter(has=view).first
+    return output.locator(".jp-OutputArea-output").first
 
 
 def controls(notebook: Notebook, kernel: Kernel) -> Locator:

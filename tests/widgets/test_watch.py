@@ -22,7 +22,7 @@ def tiny(tiny_path: Any) -> Iterator[irkit.Session]:
 
 
 def until(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
