@@ -38,8 +38,8 @@ def chat(notebook: Notebook, kernel: Kernel) -> Locator:
     for text in ("What is a prime number? Answer in one sentence.", "Name five planets, as a list."):
         say.fill(text)
         say.press("Enter")
-        kernel.until("c.wait(60)")
-    expect(view.locator(".irkit-stop")).to_be_hidden()
+        expect(view.locator(".irkit-stop")).to_be_visible()
+        expect(view.locator(".irkit-stop")).to_be_hidden()
     return view
 
 
@@ -64,13 +64,14 @@ def controls(notebook: Notebook, kernel: Kernel) -> Locator:
 
 def steering(notebook: Notebook, kernel: Kernel) -> Locator:
     output = notebook.run(
-        "glad = irkit.analysis.steering_vector(s, ['I love this.', 'What a great day!'],"
+        "from irkit import analysis\nglad = analysis.steering_vector(s, ['I love this.', 'What a great day!'],"
         " ['I hate this.', 'What an awful day!'], layer=14)\n"
         "p = s.steering({'glad': glad}, 'The food was', temperature=0, num_predict=30); p"
     )
     view = output.locator(".irkit-view")
-    kernel.run("p.vectors = [{**each, 'strength': 2.0} if isinstance(each, dict) else each for each in p.vectors]")
-    notebook.page.wait_for_timeout(4000)
+    kernel.run("p.vectors = [{**p.vectors[0], 'strength': 2.0}]; p.heads = [[3, 2, 0], [14, 5, 0]]")
+    view.get_by_role("button", name="Answer", exact=True).click()
+    kernel.until("p.edited is not None and not p.running")
     return view
 
 
@@ -111,7 +112,7 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, jupyter(Path(folder) / "jupyter") as server, launched() as browser:
         kernel = server.start_kernel()
         kernel.run("import irkit; s = irkit.Session('smollm2', num_ctx=2048)")
-        with browser.new_context(viewport={"width": 1500, "height": 1300}, device_scale_factor=SCALE) as context:
+        with browser.new_context(viewport={"width": 1500, "height": 2000}, device_scale_factor=SCALE) as context:
             for name in names or VIEWS:
                 page = context.new_page()
                 page.set_default_timeout(SECONDS * 1000)
