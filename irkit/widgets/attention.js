@@ -298,12 +298,14 @@ function render({ model, el }) {
       : "Hover to look, click to lock. Arrows: layer and head above, tokens in the map.";
   }
   function drawAll() {
+    if (!view.clientWidth) return; // hidden: drawn when it is seen
     drawGrid();
     drawMap();
     drawSide();
   }
   const redraw = oncePerFrame(drawAll);
   const redrawHead = oncePerFrame(() => {
+    if (!view.clientWidth) return;
     drawMap();
     drawSide();
   });

@@ -107,7 +107,10 @@ function tooltip(parent) {
 function whenSeen(element, draw) {
   const seen = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && draw());
   const sized = new ResizeObserver(() => draw());
-  const themed = new MutationObserver(() => draw());
+  const themed = new MutationObserver(() => {
+    draw();
+    setTimeout(draw, 300); // the stylesheets come behind the attributes, and the page is hidden between
+  });
   const dark = matchMedia("(prefers-color-scheme: dark)");
   seen.observe(element);
   sized.observe(element);

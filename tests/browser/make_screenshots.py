@@ -69,7 +69,7 @@ def steering(notebook: Notebook, kernel: Kernel) -> Locator:
         "p = s.steering({'glad': glad}, 'The food was', temperature=0, num_predict=30); p"
     )
     view = output.locator(".irkit-view")
-    kernel.run("p.vectors = [{**p.vectors[0], 'strength': 2.0}]; p.heads = [[3, 2, 0], [14, 5, 0]]")
+    kernel.run("p.as_message = False; p.vectors = [{**p.vectors[0], 'strength': 1.5}]; p.heads = [[3, 2, 0]]")
     view.get_by_role("button", name="Answer", exact=True).click()
     kernel.until("p.edited is not None and not p.running")
     return view
