@@ -85,6 +85,8 @@ class Chat(base.View):
         self.controls = controls.sampling(GenerateOptions, dict(self._options))
         """The sampling controls: to be read, set and observed."""
         self.controls.observe(self._changed)
+        for widget in (*self.controls.widgets.values(), self.controls.preset):
+            base.beside_cells(widget)
         self._inspector = Inspector(session)
         self._opening: dict[str, Any] | None = None
         self.on_msg(self._asked)
@@ -292,7 +294,7 @@ class Chat(base.View):
         live.ended.set()
         self.refresh_twin()
         if self.colour == "entropy":
-            self._later(self._send_tokens, {"turn": turn.id})
+            self._later(self._send_tokens, {"turn": turn.id, "entropy": True})
 
     def _ask(self, turn: Turn) -> None:
         """Begin the answer."""
@@ -421,7 +423,7 @@ class Chat(base.View):
         """An answer's tokens, with what could have stood in their places."""
         turn = self._turn(message["turn"])
         tokens = turn.tokens
-        if self.colour == "entropy" and turn.entropies is None and tokens and not self._is_live(turn):
+        if message.get("entropy") and turn.entropies is None and tokens and not self._is_live(turn):
             start = len(turn.prompt) - 1
             lens = self._session.lens(turn.ids, layers=-1, positions=range(start, start + len(tokens)), k=1)
             turn.entropies = lens.entropy[0].astype(np.float32)
