@@ -554,7 +554,7 @@ class Session:
         if self._observers:
             words = asked if isinstance(asked, str) or not all(isinstance(part, int) for part in asked) else None
             words = self.model.tokenizer.decode(ids) if words is None else words
-            event = Asked(words, options, made, self.name, tuple(ids), changes, ASKED_BY.get().request)
+            event = Asked(words, options, made, self.name, changes, ASKED_BY.get().request)
             for observer in tuple(self._observers):
                 observer(event)
         return notebook.ends_with_cell(made)

@@ -82,6 +82,16 @@ def test_models(api):
     assert caught.value.code == "model_not_found"
 
 
+def test_a_model_that_a_program_serves_is_listed(tiny_path):
+    with irkit.Session(tiny_path) as session, session.serve(port=0) as served:
+        listed = httpx.get(f"{served.url}/v1/models").json()["data"]
+        assert [model["id"] for model in listed].count("tiny") == 1
+        assert httpx.get(f"{served.url}/v1/models/tiny").json()["id"] == "tiny"
+    with irkit.Session("smollm2") as session, session.serve(port=0) as served:
+        listed = httpx.get(f"{served.url}/v1/models").json()["data"]
+        assert [model["id"] for model in listed].count("smollm2") == 1
+
+
 def test_chat_streams_what_it_says_whole(client):
     more = {"logprobs": True, "top_logprobs": 2, "stream": True, "stream_options": {"include_usage": True}}
     *chunks, end = events(client.post("/v1/chat/completions", json=CHAT | more))

@@ -45,8 +45,9 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
     @routes.get("/models")
     def models() -> dict[str, Any]:
         """List the models on the server's machine."""
-        lent = [_model(name, 0) for name in sessions.lent]
-        return {"object": "list", "data": [*lent, *map(_listed, hub.models())]}
+        found = {name: _model(name, 0) for name in sessions.lent}
+        found |= {manifest.name: _listed(manifest) for manifest in hub.models()}
+        return {"object": "list", "data": [*found.values()]}
 
     @routes.get("/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
