@@ -223,7 +223,8 @@ def test_what_is_left_out_is_the_models_own(client, made, tooled, model_path):
     body = {"model": "calm", "messages": CHAT["messages"]}
     first, second = (client.post("/v1/chat/completions", json=body).json() for _ in range(2))
     assert first["choices"][0]["message"] == second["choices"][0]["message"]
-    assert [generation.stats.tokens for generation in made] == [3, 3]
+    client.post("/v1/completions", json={"model": "calm", "prompt": "One, two,"})
+    assert [generation.stats.tokens for generation in made] == [3, 3, 3]
 
 
 def test_stop_bias_and_options_of_irkit(api):

@@ -22,6 +22,7 @@ from irkit.results import Generation, Score
 from irkit.server.captures import bounded, sent
 from irkit.server.openai.choices import Begun, Reply, Shown, chat_pieces, text_pieces
 from irkit.server.openai.requests import (
+    COMPLETION_TOKENS,
     AnswerRequest,
     ChatRequest,
     CompletionRequest,
@@ -94,6 +95,8 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
             raise OptionError('"best_of" is not supported: ask for n answers, with logprobs, and choose', "best_of")
         prompts = asked.prompts
         session = await sessions.get(asked.model, asked.load)
+        if "num_predict" not in asked.options and session.defaults.num_predict < 0:
+            asked = asked.model_copy(update={"max_tokens": COMPLETION_TOKENS})
         if asked.suffix:
             prompts = await to_thread.run_sync(lambda: [_around(session, prompt, asked) for prompt in prompts])
         scores: list[Score | None] = [None] * len(prompts)
@@ -103,7 +106,7 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
             score = partial(session.score, top_logprobs=asked.logprobs)
             scores = [await sessions.compute(partial(score, prompt)) for prompt in prompts]
         # To give the log-probabilities of a text, no answer needs to be begun.
-        only_scored = asked.options["num_predict"] == 0 and all(scores)
+        only_scored = asked.options.get("num_predict") == 0 and all(scores)
         asks = [partial(session.generate, prompt) for prompt in prompts]
         begun = [Begun([]) for _ in asks] if only_scored else await begin(request, asked, asks)
         begun = [Begun(b.generations, b.reading, score) for b, score in zip(begun, scores, strict=True)]
