@@ -23,7 +23,7 @@ import sys
 import ray
 from ray import serve
 
-ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
+ray.init("local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
 import replicas
 
