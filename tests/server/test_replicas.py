@@ -1,6 +1,5 @@
 """The recipe for several machines, on one: docs/examples/replicas.py under Ray Serve."""
 
-import contextlib
 import json
 import os
 import socket
@@ -21,18 +20,11 @@ KEY = "sk-example"
 
 RUN = """
 import sys
-import time
 import ray
 from ray import serve
 
-port, cluster = sys.argv[1:]
-for _ in range(60):
-    try:
-        ray.init(address=f"127.0.0.1:{cluster}")
-        break
-    except ConnectionError:  # it has not started yet
-        time.sleep(5)
-serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
+ray.init("local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
 import replicas
 
 serve.run(replicas.app)
@@ -47,46 +39,21 @@ ray.shutdown()
 def address(model_path: Path) -> Iterator[str]:
     """Where two replicas answer, which have one core each."""
     pytest.importorskip("ray")
-    ports = free_ports(6)
-    port, cluster, *others = map(str, ports)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     path = os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"IRKIT_REPLICAS": "2", "IRKIT_CPUS": "1", "IRKIT_API_KEY": KEY, "PYTHONPATH": path}
-    environment = os.environ | own | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
-    # Where the ports are given, a busy machine has time to start what listens on them.
-    names = [
-        "dashboard-agent-grpc-port",
-        "dashboard-agent-listen-port",
-        "metrics-export-port",
-        "runtime-env-agent-port",
-    ]
-    node = [f"--{name}={other}" for name, other in zip(names, others, strict=True)]
-    node += ["--head", "--block", f"--port={cluster}", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
-    node += ["--include-dashboard=false", "--disable-usage-stats"]
-    script = "from ray.scripts.scripts import main; main()"
+    # A busy machine takes longer to start than Ray waits.
+    own |= {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}
+    own |= {"RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-c", RUN, str(port)]
     pipe = subprocess.PIPE
-    with (
-        subprocess.Popen([sys.executable, "-c", script, "start", *node], stdout=pipe, env=environment) as ray,
-        subprocess.Popen(
-            [sys.executable, "-c", RUN, port, cluster], stdin=pipe, stdout=pipe, text=True, env=environment
-        ) as process,
-    ):
-        try:
-            assert process.stdout
-            assert process.stdin
-            assert any("ready" in line for line in process.stdout)
-            yield f"http://127.0.0.1:{port}"
-            process.stdin.close()
-            process.wait(60)
-        finally:
-            process.kill()
-            ray.terminate()  # and with it what it has started
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | own) as process:
+        assert process.stdout
+        assert process.stdin
+        assert any("ready" in line for line in process.stdout)
+        yield f"http://127.0.0.1:{port}"
+        process.stdin.close()
 
 
 def ask(address: str, path: str, body: object) -> httpx.Response:
