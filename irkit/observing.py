@@ -42,8 +42,6 @@ class Asked:
     """The `GenerateOptions` of the answer."""
     generation: Generation
     model: str
-    ids: tuple[int, ...] = ()
-    """What is answered, as the model reads it."""
     edits: tuple[Edit, ...] = ()
     """What is changed while it is answered."""
     by: str = ""

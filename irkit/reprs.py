@@ -19,6 +19,8 @@ SHADES = 9
 """Steps from a token that was sure to one that was not expected at all."""
 MOST_TOKENS = 2000
 """Tokens that are shown one by one; of a longer text only the text is shown."""
+_END = 60
+"""Tokens of a cache that are shown, the last ones."""
 SURPRISE = 8.0
 """Nats at which the shade is full: a probability of 0.03 %."""
 
@@ -50,7 +52,8 @@ def generation(made: Generation) -> str:
 def generation_facts(made: Generation) -> list[str]:
     """What an answer took, in words; what is known of it while it is being made."""
     count = len(made._tokens)
-    facts = [_counted(count, "token")]
+    of = f" of {made._most:,}" if made._most and not made.done else ""
+    facts = [f"{count:,}{of} tokens" if of else _counted(count, "token")]
     if made._error:
         return [*facts, f"failed: {made._error}"]
     if not made.done:
@@ -111,6 +114,17 @@ def session(of: Any) -> str:
         f"{len(of._cache.ids):,} of {of._cache.n_ctx:,} tokens of context in use",
     ]
     return out(f"<b>Session</b> of <b>{escape(of.name)}</b>", note(facts))
+
+
+def cache(of: Any) -> str:
+    """A `CacheView`: how full it is, and the end of its text; it does not wait for an answer that is being made."""
+    from irkit.trace import size
+
+    ids, held = tuple(of._cache.ids), of._cache
+    facts = [f"{len(ids):,} of {held.n_ctx:,} tokens", held.kind, size(of._nbytes())]
+    text = of._model.tokenizer.decode(ids[-_END:], skip_special=False)
+    shown = f'<div class="irkit-words">{"…" if len(ids) > _END else ""}{escape(text)}</div>' if ids else ""
+    return out(f"<b>KV cache</b> of <b>{escape(of._model.path.stem)}</b>", shown, note(facts))
 
 
 def trace(of: Trace) -> str:

@@ -110,6 +110,7 @@ class Generation:
         self._tail = ""
         self._reason: FinishReason | None = None
         self._stats = Stats()
+        self._most: int | None = None  # how many tokens there may be, where that is known
         self._error: BaseException | None = None
         self._cancel = cancel
         self._change = change

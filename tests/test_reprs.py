@@ -69,7 +69,10 @@ def test_an_answer_shows_its_tokens_and_what_it_took() -> None:
 def test_an_answer_in_the_making_does_not_wait() -> None:
     assert "reading the prompt" in words(made(done=False)._repr_html_())
     first, second = Token(1, "Once", -0.1, time=0.5), Token(2, " upon", -0.1, time=0.75)
-    assert words(made(first, second, done=False)._repr_html_()) == "Once upon2 tokens · 4 tokens/s · …"
+    going = made(first, second, done=False)
+    assert words(going._repr_html_()) == "Once upon2 tokens · 4 tokens/s · …"
+    going._most = 1000
+    assert words(going._repr_html_()) == "Once upon2 of 1,000 tokens · 4 tokens/s · …"
 
 
 def test_a_long_answer_is_plain_text() -> None:
@@ -106,6 +109,13 @@ def test_info_and_trace_are_tables(tiny: irkit.Session) -> None:
     assert "4 (2 of keys and values), 16 wide" in shown
     trace = tiny.trace([1, 2, 3], names=["pattern", "resid_post"])
     assert "pattern2[b, head, query, key]" in words(trace._repr_html_())
+
+
+def test_a_cache_shows_its_end(tiny: irkit.Session) -> None:
+    assert words(tiny.fork().cache._repr_html_()) == "KV cache of tiny0 of 512 tokens · clean · 0 bytes"
+    tiny.generate([40 + at % 20 for at in range(70)], num_predict=1).wait()
+    shown = words(tiny.cache._repr_html_())
+    assert shown.startswith(f"KV cache of tiny…{tiny.detokenize(tiny.cache.ids[-60:])}70 of 512 tokens · clean")
 
 
 def test_a_token_prints_as_its_text() -> None:

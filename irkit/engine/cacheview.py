@@ -224,7 +224,16 @@ class CacheView:
         # It does not wait: a notebook shows it while an answer is made.
         held = self._cache
         of = f"{len(held.ids)} of {held.n_ctx} tokens"
-        return f"<CacheView: {of}, {held.kind}, {size(_nbytes(held))}>"
+        return f"<CacheView: {of}, {held.kind}, {size(self._nbytes())}>"
+
+    def _repr_html_(self) -> str:
+        from irkit import reprs
+
+        return reprs.cache(self)
+
+    def _nbytes(self) -> int:
+        """The memory of the arrays as they are now, without waiting."""
+        return _nbytes(self._cache)
 
     def _do(self, job: Callable[[], _Result]) -> _Result:
         return self._model.submit(job, self._cache).result()

@@ -210,6 +210,7 @@ class Model:
             sampling = new
 
         generation = Generation(cancelled.set, ids, change)
+        generation._most = options.num_predict if options.num_predict > 0 else None
         runtime = self.load()
         form = self._form(options)
         seed = options.seed if options.seed >= 0 else secrets.randbits(63)

@@ -46,6 +46,7 @@ function answerBody() {
     const made = make("span", { className: "irkit-t" }, token.text || tokenLabel(token.name));
     made.dataset.at = index;
     if (!token.text) made.classList.add("irkit-empty");
+    if (index === Math.max(here, 0)) made.tabIndex = 0; // the one that the Tab key comes to
     paint(made, index);
     return made;
   }
@@ -82,25 +83,22 @@ function answerBody() {
     },
     /** Shows the text, or its tokens coloured. */
     show(how) {
+      const other = how !== colour;
       colour = how;
       const seen = how !== "none" && tokens.length > 0;
       list.hidden = !seen;
       element.hidden = seen;
-      if (!seen) return;
-      [...list.children].forEach(paint);
-      if (here < 0) list.firstChild.tabIndex = 0; // where the Tab key comes in
+      if (seen && other) [...list.children].forEach(paint);
     },
-    /** Marks one token, and lets the Tab key come to it. */
+    /** Marks one token, or none, and lets the Tab key come to it, or to the first. */
     mark(index, focus = false) {
-      const before = list.children[Math.max(here, 0)];
-      before?.classList.remove("irkit-here");
-      before?.removeAttribute("tabindex");
+      list.children[here]?.classList.remove("irkit-here");
+      list.children[Math.max(here, 0)]?.removeAttribute("tabindex");
       here = index;
-      if (here < 0 && list.firstChild) list.firstChild.tabIndex = 0;
-      const span = list.children[here];
+      const span = list.children[Math.max(here, 0)];
       if (!span) return;
-      span.classList.add("irkit-here");
       span.tabIndex = 0;
+      span.classList.toggle("irkit-here", here >= 0);
       if (focus) span.focus();
     },
     get here() {
@@ -119,7 +117,7 @@ function alternatives(token, entropy, pick = null) {
     stripe.style.width = `${Math.max(1, 100 * Math.exp(other.logprob - best))}%`;
     const name = tokenLabel(other.text, 28);
     const chosen = other.id === token.id;
-    const cell = pick && !chosen ? make("button", { className: "irkit-pick", title: "Continue from here", onclick: () => pick(other) }, name) : name;
+    const cell = pick && !chosen ? make("button", { className: "irkit-pick", title: "Continue from here", onclick: () => pick(other) }, name) : make("span", {}, name);
     const row = make(
       "tr",
       { className: chosen ? "irkit-chosen" : "" },

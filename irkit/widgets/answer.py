@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -17,6 +18,8 @@ from irkit.widgets.conversation import Turn
 
 ALTERNATIVES = 8
 """How many of the likeliest tokens are kept with each token."""
+_TWIN_TOP = 3
+"""How many of those the static twin tells."""
 _SENTENCE = re.compile(r"[.!?…:]+[\"')\]]*\s|\n")
 _ENDS = {"length": "num_predict reached", "context": "the context is full", "cancelled": "stopped"}
 
@@ -74,14 +77,16 @@ def packed(tokens: Sequence[Token], most: int = ALTERNATIVES) -> tuple[dict[str,
 
 
 def drawn(turn: Turn, live: int) -> dict[str, Any]:
-    """A message as the page draws it."""
+    """A message as the page draws it; `live` is the id of the answer that is being made."""
     versions = turn.versions
+    if turn.role == "assistant" and turn.id != live and turn.html is None:
+        turn.html = markdown.render(turn.text)
     return {
         "id": turn.id,
         "role": turn.role,
         "versions": [version.id for version in versions],
         "text": turn.text,
-        "html": markdown.render(turn.text) if turn.role == "assistant" and turn.id != live else "",
+        "html": turn.html or "",
         "facts": facts(turn) if turn.id != live else "",
         "problem": turn.problem,
     }
@@ -104,20 +109,26 @@ def facts(turn: Turn) -> str:
     return " · ".join(told)
 
 
-def twin(turn: Turn) -> str:
-    """A message without script."""
+def twin(turns: Sequence[Turn]) -> str:
+    """Messages without script; the tokens of the last answers, as many as a page takes well, can be unfolded."""
+    room, parts = reprs.MOST_TOKENS, []
+    for turn in reversed(turns):
+        room -= len(turn.tokens)
+        parts.append(_twin(turn, with_tokens=room >= 0))
+    return "".join(reversed(parts))
+
+
+def _twin(turn: Turn, with_tokens: bool) -> str:
     who = {"user": "you"}.get(turn.role, turn.role)
     if turn.role != "assistant":
         return f"<p><b>{escape(who)}</b></p><div class='irkit-words'>{escape(turn.text)}</div>"
-    parts = [f"<p><b>{escape(who)}</b></p>", markdown.render(turn.text)]
+    parts = [f"<p><b>{escape(who)}</b></p>", markdown.render(turn.text) if turn.html is None else turn.html]
     if turn.problem:
         parts.append(f"<p><i>{escape(turn.problem)}</i></p>")
-    tokens = turn.tokens
-    if tokens and len(tokens) <= reprs.MOST_TOKENS:
-        spans = reprs.spans(tokens)
-        parts.append(
-            f"<details><summary>{escape(facts(turn))}</summary><div class='irkit-words'>{spans}</div></details>"
-        )
+    if turn.tokens and with_tokens:
+        spans = reprs.spans(replace(token, top=token.top[:_TWIN_TOP]) for token in turn.tokens)
+        words = f"<div class='irkit-words'>{spans}</div>"
+        parts.append(f"<details><summary>{escape(facts(turn))}</summary>{words}</details>")
     else:
         parts.append(reprs.note([facts(turn)]))
     return "".join(parts)

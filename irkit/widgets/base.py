@@ -41,6 +41,7 @@ class View(anywidget.AnyWidget):
         super().__init__(**{"twin_id": uuid4().hex, **traits})
         self._shown_by: str | None = None
         self._displayed = False
+        beside_cells(self)
 
     def twin(self) -> str:
         """The view as it is now, as HTML."""
@@ -84,6 +85,16 @@ def show(widget: Widget, twin: str, twin_id: str) -> None:
     data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
     publish_display_data(data, metadata)
     display(HTML(twin), display_id=twin_id)
+
+
+def beside_cells(widget: Widget) -> None:
+    """Have what the page says to a widget taken up where the page asks for, beside a cell that runs.
+
+    ipykernel 7.4 hands it to the shell that last said something to the page about the widget. That is the cells' own as
+    often as not, and Stop, like all else, would wait until the cell has ended.
+    """
+    comm: Any = widget.comm
+    comm._reply_subshell_for = lambda data, asked_for: asked_for
 
 
 def running() -> tuple[str | None, str | None]:

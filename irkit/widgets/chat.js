@@ -120,7 +120,7 @@ function render({ model, el }) {
     if (mine) article.append(make("div", { className: "irkit-bubble" }, turn.text), actions);
     else {
       body.whole(turn.html);
-      article.append(body.element, body.list, extra, make("div", { className: "irkit-foot" }, actions, facts));
+      article.append(body.element, body.list, extra, make("div", { className: "irkit-foot" }, facts, actions));
       if (turn.problem) article.insertBefore(make("div", { className: "irkit-problem" }, turn.problem), extra);
       listen(turn.id, body);
     }
@@ -129,6 +129,7 @@ function render({ model, el }) {
   /** Brings the page in line with `turns`: only what differs is made anew. */
   function sync() {
     const turns = get("turns");
+    const focused = log.contains(document.activeElement) ? document.activeElement : null;
     const ids = new Set(turns.map((turn) => turn.id));
     for (const [id, { article }] of bodies) if (!ids.has(id)) (article.remove(), bodies.delete(id));
     empty.hidden = turns.length > 0;
@@ -152,6 +153,11 @@ function render({ model, el }) {
     }
     if (pinned && !ids.has(pinned.turn)) pinned = null;
     else if (pinned) pin(pinned.turn, pinned.position, false);
+    // Whose button was made anew goes on with the new one: the keyboard must not fall out of the chat.
+    if (focused && !focused.isConnected) {
+      const same = [...log.querySelectorAll("button:enabled")].findLast((each) => each.title === focused.title);
+      (same ?? input).focus({ preventScroll: true });
+    }
     toEnd();
   }
   function state() {
@@ -182,7 +188,7 @@ function render({ model, el }) {
     const asks = how !== "none" && id !== get("busy") && (!body.tokens.length || (how === "entropy" && !body.entropies));
     if (asks && body.asked !== how) {
       body.asked = how;
-      model.send({ kind: "tokens", turn: id });
+      model.send({ kind: "tokens", turn: id, entropy: how === "entropy" });
     }
     body.show(how);
   }
@@ -211,10 +217,10 @@ function render({ model, el }) {
       const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10 }[event.key];
       if (step) {
         event.preventDefault();
-        body.mark(Math.min(Math.max(body.here + step, 0), body.tokens.length - 1), true);
+        body.mark(Math.min(Math.max(at(event) + step, 0), body.tokens.length - 1), true);
       } else if (event.key === "Enter" || event.key === " ") {
         event.preventDefault();
-        if (body.here >= 0) pin(id, body.here);
+        if (at(event) >= 0) pin(id, at(event));
       }
     });
   }
@@ -237,6 +243,10 @@ function render({ model, el }) {
       make("div", { className: "irkit-note" }, "Click one to go on from it: this answer is kept as a version. Attention, logit lens and cache of the step are shown below the chat."),
     );
     if (asks) {
+      // Into sight, but no further than the token stays there.
+      const [box, token] = [held.extra, held.body.list.children[position]].map((each) => each.getBoundingClientRect());
+      const frame = log.getBoundingClientRect();
+      log.scrollTop += Math.max(0, Math.min(box.bottom - frame.bottom + 8, token.top - frame.top - 8));
       say("computing the step …");
       model.send({ kind: "open", turn, position });
     }
@@ -244,6 +254,7 @@ function render({ model, el }) {
   function unpin(tells = true) {
     const held = bodies.get(pinned?.turn);
     if (held) {
+      if (held.extra.contains(document.activeElement)) input.focus({ preventScroll: true });
       held.extra.hidden = true;
       held.extra.replaceChildren();
       held.body.mark(-1);

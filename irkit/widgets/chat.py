@@ -85,7 +85,10 @@ class Chat(base.View):
         self.controls = controls.sampling(GenerateOptions, dict(self._options))
         """The sampling controls: to be read, set and observed."""
         self.controls.observe(self._changed)
+        for widget in (*self.controls.widgets.values(), self.controls.preset):
+            base.beside_cells(widget)
         self._inspector = Inspector(session)
+        self._opening: dict[str, Any] | None = None
         self.on_msg(self._asked)
 
     # What it is displayed as.
@@ -98,11 +101,11 @@ class Chat(base.View):
 
     def twin(self) -> str:
         """The conversation as HTML without script: what was said, and each answer's tokens by their likelihood."""
-        shown = [answer.twin(turn) for turn in conversation.path(self._root)]
+        parts = [answer.twin(list(conversation.path(self._root)))]
         if self.system:
-            shown.insert(0, f"<p><b>system</b></p><div class='irkit-words'>{escape(self.system)}</div>")
-        facts = reprs.note([f"a conversation with {self._session.name}", *([] if shown else ["nothing said yet"])])
-        return reprs.out(*shown, facts)
+            parts.insert(0, f"<p><b>system</b></p><div class='irkit-words'>{escape(self.system)}</div>")
+        facts = [f"a conversation with {self._session.name}", *([] if self._root.after else ["nothing said yet"])]
+        return reprs.out(*parts, reprs.note(facts))
 
     def close(self) -> None:
         """End the answer that is being made, and take the chat away; the conversation stays readable."""
@@ -291,7 +294,7 @@ class Chat(base.View):
         live.ended.set()
         self.refresh_twin()
         if self.colour == "entropy":
-            self._later(self._send_tokens, {"turn": turn.id})
+            self._later(self._send_tokens, {"turn": turn.id, "entropy": True})
 
     def _ask(self, turn: Turn) -> None:
         """Begin the answer."""
@@ -374,8 +377,10 @@ class Chat(base.View):
                 case "tokens":
                     self._later(self._send_tokens, message)
                 case "open":
+                    self._opening = message
                     self._later(self._open, message)
                 case "shut":
+                    self._opening = None
                     self._inspector.clear()
         except IrkitError as error:
             self._problem(str(error), message)
@@ -418,7 +423,7 @@ class Chat(base.View):
         """An answer's tokens, with what could have stood in their places."""
         turn = self._turn(message["turn"])
         tokens = turn.tokens
-        if self.colour == "entropy" and turn.entropies is None and tokens and not self._is_live(turn):
+        if message.get("entropy") and turn.entropies is None and tokens and not self._is_live(turn):
             start = len(turn.prompt) - 1
             lens = self._session.lens(turn.ids, layers=-1, positions=range(start, start + len(tokens)), k=1)
             turn.entropies = lens.entropy[0].astype(np.float32)
@@ -427,7 +432,9 @@ class Chat(base.View):
         self.send({"kind": "tokens", "turn": turn.id, "first": 0, **data}, [*buffers, entropies])
 
     def _open(self, message: dict[str, Any]) -> None:
-        """Look into the step that made a token."""
+        """Look into the step that made a token, unless another was chosen meanwhile."""
+        if message is not self._opening:
+            return
         turn, position = self._turn(message["turn"]), message["position"]
         tokens = turn.tokens
         if not 0 <= position < len(tokens):

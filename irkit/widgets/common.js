@@ -25,7 +25,7 @@ function pixels(map) {
 const css = ([r, g, b]) => `rgb(${r},${g},${b})`;
 
 /** Black or white, whichever can be read on the colour. */
-const inkOn = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#000" : "#fff");
+const inkOn = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 105 ? "#000" : "#fff");
 
 /** A DOM element; properties named on... are listeners, `aria-...`, `role` and `for` attributes. */
 function make(tag, properties = {}, ...children) {

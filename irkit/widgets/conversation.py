@@ -37,6 +37,8 @@ class Turn:
     """Of an answer, why it failed."""
     stopped: bool = False
     """Of an answer: whether its end was asked for."""
+    html: str | None = None
+    """Of an answer that has ended and was drawn: its text as HTML."""
     entropies: np.ndarray | None = None
     """Of an answer whose tokens were looked at so: how undecided the model was before each, in nats."""
 

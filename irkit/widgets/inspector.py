@@ -75,16 +75,13 @@ def cached(session: Session, ids: Sequence[int], trace: Trace) -> str:
     `trace` is of the last position, with `rot_k` and `v`.
     """
     config = session.model.config
-    held = session.cache
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held.ids, ids, strict=False)))
-    capacity = held.capacity
-    taken = size(held.nbytes // capacity * len(ids)) if capacity else ""
+    held = list(session._cache.ids)  # `session.cache` would wait for the answer that is being made, if one is
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, ids, strict=False)))
+    numbers = 2 * config.n_layers * config.n_kv_heads * config.d_head
+    taken = size(len(ids) * numbers * session.model.load().result().cache_dtype.itemsize)
     still = "holds them still" if shared == len(ids) else f"holds {shared:,} of them now, and is filled again as needed"
     shape = f"{config.n_layers} layers × {config.n_kv_heads} heads × {config.d_head} numbers, twice: keys and values"
-    text = (
-        f"<p>{len(ids):,} tokens were held{f' in {taken}' if taken else ''}: for each, {shape}. "
-        f"The session's cache {still}.</p>"
-    )
+    text = f"<p>{len(ids):,} tokens were held in {taken}: for each, {shape}. The session's cache {still}.</p>"
     lengths = {
         name: np.linalg.norm(trace[point][:, 0, 0], axis=-1).mean(axis=-1)
         for name, point in (("key", "rot_k"), ("value", "v"))

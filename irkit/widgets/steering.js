@@ -298,7 +298,7 @@ function render({ model, el }) {
     const problem = get("problem");
     verdict.classList.toggle("irkit-problem", Boolean(problem));
     if (problem) verdict.textContent = problem;
-    else if (get("running") && !sides[0].length && !sides[1].length) verdict.textContent = "Reading the prompt; the first answer with another kind of edit compiles its program, which takes a while.";
+    else if (get("running") && !sides[1].length) verdict.textContent = same ? "" : "The first answer with another kind of edit compiles its program, which takes a while; those after it do not.";
     else if (first < Infinity) verdict.textContent = `They differ from token ${first + 1} on.`;
     else if (sides[0].length && !get("running")) verdict.textContent = same ? "Move a slider, or take something out." : "The edits change no token of this answer.";
     else verdict.textContent = "";
@@ -310,7 +310,7 @@ function render({ model, el }) {
   /** What each side's model said of the next token, of the same tokens. */
   function drawTable(index, alike) {
     const both = sides.map((side) => side[index]);
-    if (!both[0] && !both[1]) return table.replaceChildren();
+    if ((!both[0] && !both[1]) || (get("running") && !same && !sides[1].length)) return table.replaceChildren();
     const found = new Map(); // id -> [text, unedited, edited]
     both.forEach((token, side) => {
       if (!token) return;

@@ -15,6 +15,7 @@ from ipywidgets import VBox, Widget
 from irkit import reprs
 from irkit.analysis.steering import SteeringVector, steering_vector
 from irkit.edits import Edit, scale, steer
+from irkit.engine import CacheView
 from irkit.errors import IrkitError, OptionError
 from irkit.observing import ASKED_BY, Asker
 from irkit.options import GenerateOptions, parse
@@ -85,9 +86,7 @@ class SteeringPanel(base.View):
             }
         )
         self._session = session
-        self._sides = session.fork(), session.fork()
-        for side in self._sides:
-            side.reset()
+        self._sides = [session.fork(_empty(session)) for _ in range(2)]
         self._vectors: dict[str, np.ndarray] = {}
         self._stop = threading.Event()
         self._run = 0
@@ -308,6 +307,11 @@ class SteeringPanel(base.View):
         return said + [
             f"layer {layer} {names[part]} × {factor:g}" for part, layer, factor in self.layers if factor != 1
         ]
+
+
+def _empty(session: Session) -> CacheView:
+    """A cache for a session like this one; a fork of its own would wait for the answer that is being made."""
+    return CacheView(session.model, session.model.new_cache(session.cache.n_ctx))
 
 
 def _told(pair: tuple[Generation, Generation], seen: Sequence[int]) -> dict[str, Any]:

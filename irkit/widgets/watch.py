@@ -128,7 +128,7 @@ class WatchView(base.View):
         if not 0 <= position < len(seen.tokens):
             raise OptionError(f"there is no token {position} in that answer")
         before = [token.id for token in seen.tokens[:position]]
-        self._inspector.show([*seen.asked.ids, *before], seen.tokens[position], seen.asked.edits)
+        self._inspector.show([*seen.asked.generation.prompt, *before], seen.tokens[position], seen.asked.edits)
 
     def _find(self, id: int) -> Seen:
         found = next((seen for seen in self.answers if seen.id == id), None)
@@ -150,19 +150,23 @@ class WatchView(base.View):
     def _tell(self) -> None:
         """Tell the page what is new, a message for all of it, until there is nothing that goes on."""
         going_on = True
-        while going_on:
-            with self._lock:
-                live = [seen for seen in self._kept if seen.live]
-                for seen in live:
-                    _look(seen)
-                self._forget()
-                if self.follow and live:
-                    self.chosen = live[-1].id
-                self._send_news(live)
-                going_on = any(seen.live for seen in self._kept)
-                if not going_on:
-                    self._pump = None
-            time.sleep(PERIOD)
+        try:
+            while going_on:
+                with self._lock:
+                    live = [seen for seen in self._kept if seen.live]
+                    for seen in live:
+                        _look(seen)
+                    self._forget()
+                    if self.follow and live:
+                        self.chosen = live[-1].id
+                    self._send_news(live)
+                    going_on = any(seen.live for seen in self._kept)
+                    if not going_on:
+                        self._pump = None
+                time.sleep(PERIOD)
+        except BaseException:
+            self._pump = None  # the next answer has another
+            raise
         self.refresh_twin()
 
     def _forget(self) -> None:
@@ -242,7 +246,7 @@ def _look(seen: Seen) -> None:
     if ended:
         seen.live = False
         # The answer's own object may hold captures, which are as large as they are wanted.
-        seen.asked = replace(seen.asked, generation=Generation())
+        seen.asked = replace(seen.asked, generation=Generation(prompt=made.prompt))
 
 
 def messages(words: str | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -26,6 +26,7 @@ class Talk:
         self.answers = self.view.locator("article.irkit-its")
         self.send_button = self.view.locator(".irkit-send")
         self.stop_button = self.view.locator(".irkit-stop")
+        self.colour = self.view.locator(".irkit-bar").get_by_label("Tokens")
         self.view.wait_for()
 
     def send(self, text: str) -> None:
@@ -139,7 +140,7 @@ def test_a_slider_changes_the_answer_while_it_is_made(talk: Callable[..., Talk])
     slider.focus()
     # The next answer is another, with the same seed.
     slider.press("End")
-    chat.kernel.until("c.controls.read()['temperature'] == 2")
+    chat.kernel.until("c.controls.read()['temperature'] > 2")
     chat.answers.last.get_by_role("button", name="Answer once more").click()
     chat.page.wait_for_function("(view) => view.textContent.includes('2/2')", arg=chat.view.element_handle())
     chat.wait_for_end()
@@ -154,22 +155,18 @@ def test_a_slider_changes_the_answer_while_it_is_made(talk: Callable[..., Talk])
     chat.wait_for_words(len(first))
     slider.focus()
     slider.press("End")
-    chat.kernel.until("c.controls.read()['temperature'] == 2")
-    turned = chat.made()
-    chat.kernel.until(f"answers[-1].done or len(answers[-1]._tokens) > {turned + 100}")
-    chat.kernel.run("c.stop(); c.wait(60)")
-    chat.kernel.run("greedy = s.fork().respond(c.messages[:-1], temperature=0, num_predict=1500, **endless)")
-    same = chat.kernel.ask(
-        "next((i for i, (a, b) in enumerate(zip(greedy.tokens, answers[-2].tokens)) if a.id != b.id), None)"
-    )
-    assert same is not None
-    assert same > 50
+    chat.kernel.until("c.controls.read()['temperature'] > 2")
+    chat.kernel.until(f"answers[-1].done or len(answers[-1]._tokens) > {chat.made() + 100}")
+    chat.kernel.run("turned = answers[-1]; c.stop(); c.wait(60); made = len(turned.tokens)")
+    chat.kernel.run("greedy = s.fork().respond(c.messages[:-1], temperature=0, num_predict=made, **endless).wait()")
+    same = "[one.id == other.id for one, other in zip(greedy.tokens, turned.tokens)]"
+    assert chat.kernel.ask(f"all({same}[:30]) and not all({same})")
 
 
 def test_a_token_opens_and_another_goes_on_from_it(talk: Callable[..., Talk]) -> None:
     chat = talk()
     first = chat.ask("What is the capital of France?")
-    chat.view.get_by_label("Tokens").select_option("probability")
+    chat.colour.select_option("probability")
     tokens = chat.answers.last.locator(".irkit-t")
     expect(tokens).to_have_count(chat.made())
     words = tokens.all_inner_texts()
@@ -299,7 +296,7 @@ def test_an_exported_page_without_script_and_network_shows_the_conversation(
 def test_the_chat_can_be_read_in_both_themes(talk: Callable[..., Talk]) -> None:
     chat = talk()
     chat.ask("Write one line of Python, and say what it does.")
-    chat.view.get_by_label("Tokens").select_option("probability")
+    chat.colour.select_option("probability")
     chat.answers.last.locator(".irkit-t").nth(2).click()
     expect(chat.output.locator(".irkit-step .irkit-attention")).to_be_visible()
     try:

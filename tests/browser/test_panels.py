@@ -3,7 +3,7 @@
 import time
 
 from driving import Kernel, Notebook, colours, painted
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 STEER = """
 import numpy as np
@@ -76,12 +76,13 @@ def test_a_slider_steers_the_next_answer(notebook: Notebook, kernel: Kernel, pag
     kernel.until("p.heads == [] and len(p.edits) == 1")
 
 
-def test_stop_ends_both_answers(notebook: Notebook, kernel: Kernel, page: Page) -> None:
+def test_stop_ends_both_answers(notebook: Notebook, kernel: Kernel, page: Page, browser: Browser) -> None:
     view = shown(notebook, STEER.replace("24); p", "2000, logit_bias={2: -1e4}); p"), "steering")
     notebook.messages.clear()
     kernel.ask("exec('p.vectors = [{**p.vectors[0], \"strength\": 1.0}]', globals())")
     view.get_by_role("button", name="Answer", exact=True).click()
     kernel.until("p.edited is not None and len(p.edited.partial_tokens) > 30")
+    expect(view.locator(".irkit-answer").nth(1).locator("span").nth(20)).to_be_attached()
     assert 0 < per_second([when for when, _ in notebook.messages]) < 20
     view.get_by_role("button", name="Stop").click()
     kernel.until("p.unedited.done and p.edited.done and not p.running", 5)
@@ -91,11 +92,14 @@ def test_stop_ends_both_answers(notebook: Notebook, kernel: Kernel, page: Page) 
     expect(view.get_by_text("cancelled")).to_have_count(2)
     # Loaded again, the page shows the answers as they stand; exported, without script, too.
     said = kernel.ask("p.edited.text")
-    page_of = notebook.export()
+    exported = notebook.export()
     notebook.reload()
     expect(page.locator(".irkit-steering .irkit-answer").nth(1)).to_have_text(said)
-    page.goto(page_of.as_uri())
-    expect(page.get_by_text("+1 × joy at layer 14")).to_be_visible()
+    with browser.new_context(java_script_enabled=False, offline=True) as context:
+        opened = context.new_page()
+        opened.goto(exported.as_uri(), wait_until="commit")
+        expect(opened.get_by_text("+1 × joy at layer 14")).to_be_visible()
+        expect(opened.locator("[class^='irkit-twin-'] u")).not_to_have_count(0)
 
 
 def test_the_cache_is_rewound_forked_and_dropped_from(notebook: Notebook, kernel: Kernel, page: Page) -> None:
@@ -107,7 +111,7 @@ def test_the_cache_is_rewound_forked_and_dropped_from(notebook: Notebook, kernel
     keys = colours(canvas)
     view.get_by_label("Length of").select_option("values")
     kernel.until("v.shown == 'values'")
-    view.get_by_label("Of", exact=True).select_option("2")
+    view.locator(".irkit-bar select").nth(1).select_option("2")
     kernel.until("v.head == 2")
     assert colours(canvas) != keys or colours(canvas) > 50
     # The text and the map are one choice; keys move it, with Shift they widen it.
@@ -157,7 +161,7 @@ def test_what_a_session_answers_is_watched(notebook: Notebook, kernel: Kernel, p
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    expect(view.locator(".irkit-pinned .irkit-bars")).to_have_count(8)
+    expect(view.locator(".irkit-pinned .irkit-bars")).to_have_count(1)  # nobody asked for more with the answer
     page.keyboard.press("Enter")
     inside = page.locator(".irkit-step")
     inside.locator(".irkit-attention").wait_for()

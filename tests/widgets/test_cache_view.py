@@ -31,7 +31,7 @@ def shown(tiny: irkit.Session) -> Iterator[CacheWidget]:
 
 
 def until(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)

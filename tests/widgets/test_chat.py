@@ -212,8 +212,7 @@ def test_tokens_are_told_with_what_could_have_stood_there(chat: Chat, page: Page
             firsts.append((message["tokens"]["first"], len(message["tokens"]["texts"])))
     assert told == [token.id for token in tokens]
     assert [first for first, _ in firsts] == np.cumsum([0, *(count for _, count in firsts)])[:-1].tolist()
-    chat.colour = "entropy"
-    page.tell(kind="tokens", turn=turn["id"])
+    page.tell(kind="tokens", turn=turn["id"], entropy=True)
     until(lambda: page.of("tokens"))
     message, buffers = page[-1]
     ids, logprobs, top_ids, top_logprobs, entropies = (

@@ -45,8 +45,9 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
     @routes.get("/models")
     def models() -> dict[str, Any]:
         """List the models on the server's machine."""
-        lent = [_model(name, 0) for name in sessions.lent]
-        return {"object": "list", "data": [*lent, *map(_listed, hub.models())]}
+        found = {name: _model(name, 0) for name in sessions.lent}
+        found |= {manifest.name: _listed(manifest) for manifest in hub.models()}
+        return {"object": "list", "data": [*found.values()]}
 
     @routes.get("/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
@@ -66,9 +67,12 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         messages = [message_of(given, f"messages[{index}]") for index, given in enumerate(asked.messages)]
         session = await sessions.get(asked.model, asked.load)
         template = await to_thread.run_sync(lambda: session.template)
-        tools, think = asked.offered, asked.thinks
-        if think is None and "format" in asked.options and template.forms.thinking:
-            think = False  # the answer is of that form from its first token on
+        tools, think, formed = asked.offered, asked.thinks, "format" in asked.options
+        if tools and not (formed or template.calls_tools):
+            raise OptionError(f"model '{asked.model}' does not support tools", "tools")
+        if formed and think:
+            raise OptionError("there is no thinking before an answer that has a form from its first token on", "think")
+        think = False if formed else think
 
         def reader() -> AnswerReader:
             if asked.forced and tools:
