@@ -45,7 +45,7 @@ test-slow: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -m slow $(TESTS)
 
 soak: $(VENV)/installed-dev
-	$(VENV)/bin/python tests/bench/soak.py --minutes $(MINUTES)
+	$(VENV)/bin/python tests/server/soak.py --minutes $(MINUTES)
 
 test-jax050: $(VENV_JAX050)/installed
 	$(VENV_JAX050)/bin/python $(PYTEST)

@@ -15,7 +15,7 @@ from irkit import hub, notebook
 from irkit.edits import Edit, call
 from irkit.edits import parse as parse_edits
 from irkit.engine import CacheView, Model, open_model
-from irkit.errors import OptionError
+from irkit.errors import ContextFullError, OptionError
 from irkit.observing import ASKED_BY, Asked
 from irkit.options import (
     CaptureOptions,
@@ -57,6 +57,12 @@ if TYPE_CHECKING:
     from irkit.tokenizer import ChatTemplate
     from irkit.widgets.steering import SteeringPanel
     from irkit.widgets.watch import WatchView
+
+
+_CHARACTERS = 16
+"""A token has fewer as a rule."""
+_SHRINKING = 2
+"""How many characters a tokenizer may make one of."""
 
 
 class Session:
@@ -562,6 +568,7 @@ class Session:
         """
         layout = self.template if template is None else self.model.template_of(template)
         asked = self._conversation(messages, layout, tools, think)
+        self._check_length(_characters(asked), "messages")
         return asked, layout.encode(self.model.tokenizer, asked, tools=tools, think=think), tuple(layout.stop)
 
     def _conversation(self, messages: Any, layout: "ChatTemplate", tools: Any, think: bool | None) -> Any:
@@ -597,17 +604,34 @@ class Session:
         several: Any = [texts] if one else texts
         return [self._ids(text, "texts") for text in several]
 
+    def _check_length(self, characters: int, what: str) -> None:
+        """Raises ContextFullError where no text of so many could fit the context: millions take long to tokenize."""
+        if characters > _CHARACTERS * self._cache.n_ctx:  # most texts are nowhere near: their tokens need no look
+            most = _SHRINKING * self.model.tokenizer.longest * self._cache.n_ctx
+            if characters > most:
+                raise ContextFullError(
+                    f"{what}: {characters} characters do not fit the context, which holds {self._cache.n_ctx} tokens"
+                )
+
     def _ids(self, text: Any, what: str) -> Sequence[int]:
         """Token ids of `text`, which may be token ids already; BOS alone for an empty text."""
         text = check(Text, what, text)
         tokenizer = self.model.tokenizer
         if isinstance(text, str):
+            self._check_length(len(text), what)
             return tokenizer.encode(text) or [token for token in [tokenizer.bos_id] if token is not None]
         size = tokenizer.vocab_size
         for token in text:
             if not 0 <= token < size:
                 raise OptionError(f"{what}: token id {token} is outside the vocabulary of {size}")
         return text
+
+
+def _characters(messages: Any) -> int:
+    """Of the texts in a conversation."""
+    several = messages if isinstance(messages, Sequence) else ()
+    texts = (message.get("content") for message in several if isinstance(message, Mapping))
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _is_system(message: Any) -> bool:

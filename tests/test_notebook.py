@@ -75,7 +75,7 @@ def test_an_answer_as_the_value_of_a_cell_is_shown_while_it_is_made(kernel: Kern
     assert len({m["content"]["transient"]["display_id"] for m in outputs}) == 1
     assert "3,000 tokens" in html(outputs[-1])
     assert "length" in html(outputs[-1])
-    assert any(re.search(r"[1-9]\d* tokens .*…", html(m)) for m in outputs)
+    assert any(re.search(r"[1-9]\d* of 3,000 tokens .*…", html(m)) for m in outputs)
 
 
 def test_an_interrupt_ends_the_answer_that_is_shown_and_keeps_what_was_made(kernel: Kernel) -> None:

@@ -248,14 +248,11 @@ def test_an_answer() -> None:
 
 def test_cache() -> None:
     class View:
-        n_layers, strings = 2, TOKENS
+        strings = TOKENS
         held = RNG.normal(size=(2, 2, 3, T, 4))
 
-        def keys(self, layer: int) -> np.ndarray:
-            return self.held[0, layer]
-
-        def values(self, layer: int) -> np.ndarray:
-            return self.held[1, layer]
+        def lengths(self) -> np.ndarray:
+            return np.linalg.norm(self.held, axis=-1)
 
     figure = plots.cache(View())
     maps = [axes for axes in figure.axes if axes.images]

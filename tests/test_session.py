@@ -292,6 +292,13 @@ def test_what_the_template_has_no_place_for_is_said(session: irkit.Session, aske
     session.respond("Hi", tools=[], think=False, num_predict=1).wait()
 
 
+def test_a_template_of_the_call_lays_it_out(session: irkit.Session) -> None:
+    answer = session.respond("Hello", template="{{ messages[0].content }}!", num_predict=1)
+    assert list(answer.wait().prompt) == session.tokenize("Hello!")
+    with pytest.raises(ModelFileError, match="template cannot be read"):
+        session.respond("Hello", template="{% if %}")
+
+
 def test_changing_settings_compiles_nothing(session: irkit.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     session.generate(PROMPT, **GREEDY).wait()
     session.generate(PROMPT, top_logprobs=1, **GREEDY).wait()
@@ -418,3 +425,11 @@ def test_memory_goes_with_the_last_session(model_path: Path) -> None:
             break
         time.sleep(0.02)
     assert alive() is None
+
+
+def test_what_can_never_fit_is_not_even_tokenized(session, monkeypatch):
+    long = "a" * 2_000_000
+    monkeypatch.setattr(type(session.model.tokenizer), "encode", None)
+    for ask in (session.generate, session.respond, session.score, session.embed, session.trace):
+        with pytest.raises(ContextFullError, match="2000000 characters do not fit the context, which holds 8192"):
+            ask(long)

@@ -110,8 +110,8 @@ def patching_sweep(
         clean: A prompt.
         corrupt: One of as many tokens, which is answered otherwise.
         metric: What is measured of the last token.
-        name: The hook point: `resid_pre`, `attn_out`, `mlp_out` or `z`; if not given, `resid_pre` over positions and
-            `z` over heads.
+        name: The hook point: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` or `z`; if not given,
+            `resid_pre` over positions and `z` over heads.
         over: What is patched at a time in a layer: one position, all heads of it; or one head, at all positions.
         layers: Those to patch; all if not given.
         positions: Those to patch; all if not given.

@@ -39,10 +39,14 @@ UNITS = {
     "of_bandwidth": "",
     "peak_memory": "bytes",
     "serve": "tokens/s",
+    "serve_gain": "",
     "serve_first_token": "s",
+    "serve_chunks": "",
     "serve_long": "s",
+    "serve_cost": "",
 }
-"""What is measured, in the order of a report; `of_bandwidth` is a fraction, the tokens of `serve` are clients."""
+"""What is measured, in the order of a report; `of_bandwidth`, `serve_gain` and `serve_cost` are fractions,
+`serve_chunks` counts chunks of a prompt, and the tokens of `serve` and `serve_gain` are clients."""
 
 _Put = Callable[[str, str, int | None, float], None]
 
@@ -62,8 +66,9 @@ class Measure:
         return statistics.median(self.values[engine])
 
     def ratio(self, peer: str) -> float | None:
-        """The median, over the runs, of irkit's value divided by the peer's; None where the peer has none."""
-        if peer not in self.values:
+        """The median, over the runs, of irkit's value divided by the peer's; None where the peer has none, or where the
+        values are near 0."""
+        if peer not in self.values or self.name == "serve_cost":
             return None
         pairs = zip(self.values["irkit"], self.values[peer], strict=True)
         return statistics.median(ours / theirs for ours, theirs in pairs)
@@ -144,8 +149,9 @@ def bench(name: str | Path, options: BenchOptions, say: Callable[[str], None] = 
             bandwidth.append(memory_bandwidth(threads))
             about = _run(engines, model.path, load, options, longest, SECONDS, put)
             for engine in engines if options.serve else ():
+                inside = _decode_alone(engine, model.path, load, options.num_predict)
                 with serving.server(engine, model.path, threads) as url:
-                    serving.measure(url, model, options.num_predict, partial(put, engine))
+                    serving.measure(url, model, options.num_predict, inside, partial(put, engine))
     return Report(
         model=str(name),
         path=str(model.path),
@@ -213,6 +219,13 @@ def _run(
         for worker in workers:
             put(worker.engine, "peak_memory", None, worker.ask(what="peak_memory"))
         return {worker.engine: worker.about for worker in workers}
+
+
+def _decode_alone(engine: str, path: Path, load: LoadOptions, count: int) -> float:
+    """Tokens a second without a server, behind a prompt as short as those that the server is asked."""
+    with Worker(engine, load.model_dump()) as worker:
+        worker.ask(what="load", path=str(path), tokens=serving.SHORT + count + 1)
+        return count / worker.ask(what="decode", tokens=serving.SHORT, count=count, seconds=SECONDS)
 
 
 class Worker:

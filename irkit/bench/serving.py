@@ -24,8 +24,12 @@ from irkit.errors import BackendError
 
 CLIENTS = 8
 """Clients that ask at the same time."""
+SHORT = 16
+"""Tokens of their prompts."""
 LONG = 2000
 """Tokens of the prompt that is being read when a short one comes."""
+CHUNK = 128
+"""Tokens of a prompt that irkit reads between the others' tokens: what the wait of the short one is counted in."""
 START_SECONDS = 120.0
 """How long a server may take to start."""
 
@@ -64,13 +68,15 @@ def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
     raise BackendError(f"no server answers at {url}")
 
 
-def measure(url: str, model: Model, count: int, put: Callable[[str, int, float], None]) -> None:
-    """Ask the server at `url` for answers of `count` tokens; `put` is given what was measured, its tokens or clients,
-    and the value."""
-    asyncio.run(_measure(url, model, count, put))
+def measure(url: str, model: Model, count: int, inside: float, put: Callable[[str, int | None, float], None]) -> None:
+    """Ask the server at `url` for answers of `count` tokens, of which the engine makes `inside` a second without it;
+    `put` is given what was measured, its tokens or clients, and the value."""
+    asyncio.run(_measure(url, model, count, inside, put))
 
 
-async def _measure(url: str, model: Model, count: int, put: Callable[[str, int, float], None]) -> None:
+async def _measure(
+    url: str, model: Model, count: int, inside: float, put: Callable[[str, int | None, float], None]
+) -> None:
     # An answer must not end early.
     always = {"model": "bench", "stream": True, "logit_bias": dict.fromkeys(map(str, model.tokenizer.eog_ids), -100)}
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
@@ -96,14 +102,19 @@ async def _measure(url: str, model: Model, count: int, put: Callable[[str, int, 
         def text(tokens: int) -> str:
             return model.tokenizer.decode(numbers.choices(range(300, model.tokenizer.vocab_size), k=tokens))
 
-        await speed([text(16) for _ in range(CLIENTS)])  # what must be compiled is compiled now
-        await speed([text(16) for _ in range(CLIENTS)])
-        put("serve", 1, await speed([text(16)]))
-        put("serve", CLIENTS, await speed([text(16) for _ in range(CLIENTS)]))
+        await speed([text(SHORT) for _ in range(CLIENTS)])  # what must be compiled is compiled now
+        await speed([text(SHORT) for _ in range(CLIENTS)])
+        put("serve", 1, one := await speed([text(SHORT)]))
+        put("serve", CLIENTS, several := await speed([text(SHORT) for _ in range(CLIENTS)]))
+        put("serve_gain", CLIENTS, several / one)
+        first, whole = await answer(text(SHORT), count)
+        put("serve_cost", None, inside * (whole - first) / max(count - 1, 1) - 1)
         await answer(text(LONG), 1)
+        _, alone = await answer(text(LONG), 1)
         long = asyncio.create_task(answer(text(LONG), 1))
         await asyncio.sleep(0.05)
         first, _ = await answer(text(8), 2)
         put("serve_first_token", LONG, first)
+        put("serve_chunks", LONG, first / (alone * CHUNK / LONG))
         _, whole = await long
         put("serve_long", LONG, whole)

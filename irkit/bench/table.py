@@ -19,8 +19,11 @@ _LABELS = {
     "of_bandwidth": "of memory bandwidth, at {}",
     "peak_memory": "peak memory",
     "serve": "serving {} at once",
+    "serve_gain": "{} at once / one",
     "serve_first_token": "first token while {} are read",
+    "serve_chunks": "the same, in chunks' time",
     "serve_long": "those {}, to their end",
+    "serve_cost": "cost of streaming over HTTP",
 }
 
 
@@ -50,7 +53,9 @@ def as_table(report: Report) -> "Table":
 
 
 def _shown(measure: Measure, value: float) -> str:
-    if measure.name == "of_bandwidth":
+    if measure.name in ("serve_gain", "serve_chunks"):
+        return f"{value:.2f}"
+    if measure.name in ("of_bandwidth", "serve_cost"):
         return f"{value:.0%}"
     if measure.name == "peak_memory":
         return f"{value / 1e6:,.0f} MB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -112,11 +113,8 @@ class Runtime:
         self.prepare(capacity, capacity, top=False)
         memory, values = weights.read(model.file, plans, kernels, self.threads, show)
         apart = jax.tree.map(partial(self._place, values), plans, shapes)
-        if self.packed:
-            packed = memory[: weights.total(plans, packed=True)]
-            self.params: Params = cpu.Joined(jax.device_put(packed, self.device), apart)
-        else:
-            self.params = apart
+        self._packed = memory[: weights.total(plans, packed=True)]
+        self.params: Params = cpu.Joined(jax.device_put(self._packed, self.device), apart) if self.packed else apart
 
     def _shape(self, plan: weights.Plan) -> Any:
         shape = plan.weight.shape
@@ -135,6 +133,17 @@ class Runtime:
         """Bytes of the weights, as they lie on the device, or on all of this process's."""
         leaves = jax.tree.leaves(self.params)
         return sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+
+    def block(self, layer: int) -> Params:
+        """A layer's parameters, the packed ones in an array of the layer's own: all layers of the same formats then
+        share the programs of one. Nothing is copied."""
+        block: Params = self.params["blocks"][layer]
+        packed = {name: each for name, each in block.items() if isinstance(each, cpu.Packed)}
+        if not packed:
+            return block
+        first = min(each.start for each in packed.values())
+        data = jax.device_put(self._packed[first : max(each.stop for each in packed.values())], self.device)
+        return block | {name: replace(each, data=data, start=each.start - first) for name, each in packed.items()}
 
     @property
     def at_once(self) -> int:

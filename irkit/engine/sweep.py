@@ -25,7 +25,9 @@ POINTS = {
     "hook_resid_pre": "pre",
     "attn.hook_z": "mid",
     "hook_attn_out": "mid",
+    "hook_resid_mid": "mid",
     "hook_mlp_out": "post",
+    "hook_resid_post": "post",
 }
 """The hook points that can be patched, and where in its layer the stream then begins to differ."""
 
@@ -60,7 +62,11 @@ class Common:
 
     def value(self, point: str, layer: int) -> jax.Array:
         """What stands at a hook point."""
-        return self.streams[layer] if point == "hook_resid_pre" else self.kept[layer][point]
+        if point in ("hook_resid_pre", "hook_resid_post"):
+            return self.streams[layer + (point == "hook_resid_post")]
+        if point == "hook_resid_mid":
+            return self.streams[layer] + self.kept[layer]["hook_attn_out"]
+        return self.kept[layer][point]
 
 
 def read(runtime: Runtime, clean: Sequence[int], corrupt: Sequence[int]) -> Common:
@@ -68,8 +74,8 @@ def read(runtime: Runtime, clean: Sequence[int], corrupt: Sequence[int]) -> Comm
     tokens = np.zeros((2, -(-len(clean) // _LENGTHS) * _LENGTHS), np.int32)
     tokens[:, : len(clean)] = clean, corrupt
     streams, kept = [run(runtime, programs.embed, runtime.params["embed"], tokens)], []
-    for block in runtime.params["blocks"]:
-        arguments = block, streams[-1], runtime.params["inv_freq"]
+    for layer in range(runtime.config.n_layers):
+        arguments = runtime.block(layer), streams[-1], runtime.params["inv_freq"]
         resid, found = run(runtime, programs.common_layer, *arguments, config=runtime.config)
         streams.append(resid)
         kept.append(found)
@@ -107,7 +113,7 @@ def sweep(
             resid = run(
                 runtime,
                 programs.patched_layer,
-                runtime.params["blocks"][layer],
+                runtime.block(layer),
                 resid,
                 tuple(common.kept[layer][name][1] for name in programs.KEPT[:2]),
                 tables[min(layer, beyond - 1)],
@@ -172,11 +178,12 @@ def _table(runtime: Runtime, common: Common, point: str, entry: int) -> Any:
     """The streams with which runs begin at layer `entry`: the corrupt one's, and those of each alternative."""
     layer = entry - (POINTS[point] == "post")
     pre, kept = np.asarray(common.streams[layer]), common.kept[layer]
-    if point == "hook_resid_pre":
-        alternatives = [pre[1], pre[0]]
+    if point.startswith("hook_resid"):
+        clean, corrupt = np.asarray(common.value(point, layer))
+        alternatives = [corrupt, clean]
     elif point == "attn.hook_z":
         z = kept["attn.hook_z"]
-        block = runtime.params["blocks"][layer]
+        block = runtime.block(layer)
         changed = run(runtime, programs.with_heads, block["o"], block["o_bias"], pre[1], z[1], z[0])
         alternatives = [_mid(common, layer), *np.asarray(changed)]
     elif point == "hook_attn_out":

@@ -49,7 +49,10 @@ def remove(name: str) -> None:
     """
     if registry.find(name) is None and (other := find(name)):
         raise OptionError(f"{other.name} belongs to another program ({other.source}): remove it there")
-    registry.remove(name)
+    try:
+        registry.remove(name)
+    except ModelNotFoundError:
+        raise not_found(name) from None
 
 
 def resolve(model: str | Path) -> Path:

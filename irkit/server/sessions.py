@@ -12,6 +12,7 @@ import psutil
 from anyio import CapacityLimiter, to_thread
 
 from irkit import hub
+from irkit.engine import Model
 from irkit.errors import BudgetError, BusyError, ModelNotFoundError, OptionError
 from irkit.hub.registry import clean_name
 from irkit.observing import Asked
@@ -41,10 +42,11 @@ class _Stay:
 
 @dataclass(frozen=True)
 class Running:
-    """A session whose model is in memory; `expires` says in how many seconds it is let go of, if nobody uses it."""
+    """A model in memory, with a context of `n_ctx`; it is let go of in `expires` seconds, if nobody uses it."""
 
     name: str
-    session: Session
+    model: Model
+    n_ctx: int
     expires: float
     lent: bool = False
     """Whether a program has lent it."""
@@ -192,11 +194,12 @@ class Sessions:
     def running(self) -> list[Running]:
         """The models in memory, and those that programs have lent."""
         now = asyncio.get_running_loop().time()
-        found = [Running(name, session, math.inf, lent=True) for name, session in self._lent.items()]
+        found = [Running(name, lent.model, lent.n_ctx, math.inf, lent=True) for name, lent in self._lent.items()]
         for key, task in self._opened.items():
             if task.done() and not _failed(task) and task.result().model.loading:
-                stay = self._stays.get(key, _Stay(self._keep_alive))
-                found.append(Running(key[0], task.result(), stay.timer.when() - now if stay.timer else stay.seconds))
+                stay, session = self._stays.get(key, _Stay(self._keep_alive)), task.result()
+                expires = stay.timer.when() - now if stay.timer else stay.seconds
+                found.append(Running(key[0], session.model, session.n_ctx, expires))
         return found
 
     def _stay(self, key: _Key, keep_alive: float) -> None:

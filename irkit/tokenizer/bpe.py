@@ -4,7 +4,6 @@ Control tokens are left out of its vocabulary, so that no text can become one; f
 wanted is `irkit.tokenizer.tokenizer`'s part.
 """
 
-from itertools import repeat
 from operator import itemgetter
 
 from tokenizers import Regex
@@ -43,7 +42,10 @@ def _byte_level(vocabulary: Vocabulary) -> HfTokenizer:
     pre = vocabulary.pre
     assert pre is not None
     ids = _plain_ids(vocabulary)
-    merges = _pairs(vocabulary.merges)
+    # A token may itself begin with a space, so the space between the two is looked for after the first character.
+    merges = [(merge[:cut], merge[cut + 1 :]) for merge in vocabulary.merges if (cut := merge.find(" ", 1)) > 0]
+    if len(merges) < len(vocabulary.merges):
+        raise ModelFileError("tokenizer.ggml.merges holds an entry that is not two tokens with a space between")
     if names := {vocabulary.tokens[id] for id in vocabulary.reclassified}:
         merges = [m for m in merges if m[0] + m[1] not in names and m[0] not in names and m[1] not in names]
     try:
@@ -55,23 +57,6 @@ def _byte_level(vocabulary: Vocabulary) -> HfTokenizer:
     tokenizer = HfTokenizer(model)
     tokenizer.pre_tokenizer = word_splitter(pre)  # pyright: ignore[reportAttributeAccessIssue]
     return tokenizer
-
-
-def _pairs(merges: list[str]) -> list[tuple[str, str]]:
-    """The two tokens of each merge.
-
-    Raises:
-        ModelFileError: If an entry is not two tokens with a space between.
-    """
-    parts = " ".join(merges).split(" ")
-    left, right = parts[::2], parts[1::2]
-    if len(parts) == 2 * len(merges) and "" not in left and all(map(str.__contains__, merges, repeat(" "))):
-        return list(zip(left, right, strict=True))
-    # A token may itself begin with a space, so the space between the two is looked for after the first character.
-    pairs = [(merge[:cut], merge[cut + 1 :]) for merge in merges if (cut := merge.find(" ", 1)) > 0]
-    if len(pairs) < len(merges):
-        raise ModelFileError("tokenizer.ggml.merges holds an entry that is not two tokens with a space between")
-    return pairs
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> HfTokenizer:

@@ -5,6 +5,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -137,6 +138,11 @@ class Tokenizer:
             except UnicodeEncodeError:
                 return text.encode()
         return (text.replace(_SPACE, " ") if self._escape else text).encode()
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token."""
+        return max(len(self.token(id)) for id in range(self.vocab_size))
 
     def token(self, id: int) -> str:
         """A token as text to show; what is no UTF-8 by itself becomes U+FFFD.

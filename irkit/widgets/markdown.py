@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
 from markdown_it import MarkdownIt
 
+_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
+"""A line as Markdown counts them: `str.splitlines` knows more ends of lines."""
+_LONG = 2000
+"""Characters from which on a list that goes on is taken as ended before its last item."""
 _SCHEMES = ("http://", "https://", "mailto:")
 
 
@@ -46,10 +51,18 @@ class Growing:
         fresh = text[self._from :]
         parser, env = _parser(), {}
         tokens = parser.parse(fresh, env)
-        starts = [at for at, token in enumerate(tokens) if token.level == 0 and token.nesting >= 0]
-        last = starts[-1] if starts else 0
-        lines = tokens[last].map if starts else None
-        line = lines[0] if lines else 0
-        self._from += sum(map(len, fresh.splitlines(keepends=True)[:line]))
-        done, going = (parser.renderer.render(part, parser.options, env) for part in (tokens[:last], tokens[last:]))
-        return done, going
+        blocks = [token for token in tokens if token.level == 0 and token.nesting >= 0 and token.map]
+        if not blocks:
+            return "", ""
+        last = blocks[-1]
+        line = _first(last)
+        lines = _LINE.findall(fresh)
+        if last.type.endswith("_list_open") and sum(map(len, lines[line:])) > _LONG:
+            line = max(_first(item) for item in tokens if item.type == "list_item_open" and item.level == 1)
+        done, going = "".join(lines[:line]), "".join(lines[line:])
+        self._from += len(done)
+        return render(done), render(going)
+
+
+def _first(token: Any) -> int:
+    return token.map[0]

@@ -29,7 +29,7 @@ def cell_by_cell(session: irkit.Session, name: str, cells: list[dict[str, Any]])
     return np.array([difference(trace.logits) for trace in traces])
 
 
-@pytest.mark.parametrize("name", ["resid_pre", "attn_out", "mlp_out", "z"])
+@pytest.mark.parametrize("name", ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"])
 def test_a_sweep_is_one_forward_a_cell(small: irkit.Session, name: str) -> None:
     found = patching_sweep(small, CLEAN, CORRUPT, name=name, token=7, other=11)
     cells = [{"layer": layer, "positions": position} for layer in range(2) for position in range(10)]

@@ -99,7 +99,7 @@ def main() -> None:
             others["llama.cpp"] = lambda path=path, ids=ids: of_llama_cpp(path, ids)
         for name, logits in others.items():
             mean, largest, same = compare(exact, logits())
-            print(f"{path.stem:24} {name:10} {mean:9.5f} {largest:9.4f} {same:15.1%}   {len(ids)} tokens", flush=True)
+            print(f"{path.stem:24} {name:10} {mean:9.2g} {largest:9.2g} {same:15.1%}   {len(ids)} tokens", flush=True)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,21 @@ def serving(tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         server.terminate()
 
 
+def test_a_server_of_ours_that_asks_for_a_key(monkeypatch, serving):
+    monkeypatch.setenv("IRKIT_API_KEY", "secret")  # a server that asks for none does not mind
+    assert irkit_("ps").returncode == 0
+    with subprocess.Popen([*IRKIT, "serve", "--port", "0"], stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr
+        monkeypatch.setenv("IRKIT_HOST", server.stderr.readline().split()[-1])
+        assert irkit_("ps", "--json").stdout == "[]\n"
+        assert irkit_("stop", "tiny").returncode == 0
+        monkeypatch.setenv("IRKIT_API_KEY", "wrong")
+        done = irkit_("ps")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "a key is needed" in done.stderr
+        server.terminate()
+
+
 def test_stop_and_a_server_of_ours(serving):
     assert irkit_("stop", "tiny").returncode == 0
     done = irkit_("stop", "nosuch")

@@ -13,6 +13,7 @@ import irkit
 from irkit import families, gguf
 from irkit.engine import weights
 from irkit.errors import ModelFileError, UnsupportedModelError
+from irkit.kernels import cpu
 from irkit.kernels.cpu import library, packing
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the extension is not installed")
@@ -90,6 +91,23 @@ def test_plans_follow_the_tree(small_model: Callable[..., Path], kernels: ctypes
     unpacked = weights.plan(file, tree_of(file), None)
     assert {plan.form for plan in flat(unpacked) if plan} == {None}
     assert unpacked["embed"].nbytes == 258 * 64 * 4
+
+
+def test_layers_alike_share_their_programs(small_model: Callable[..., Path], kernels: ctypes.CDLL) -> None:
+    """All packed matrices are one argument of a program; a program for a single layer is told only of its own."""
+    with irkit.Session(small_model("Q4_1"), backend="cpu") as session:
+        runtime = session.model.load().result()
+        first, second = runtime.block(0), runtime.block(1)
+        assert jax.tree.structure(first) == jax.tree.structure(second)
+        assert len({id(leaf) for leaf in jax.tree.leaves(runtime.params) if leaf.dtype == np.uint8}) == 1
+        for name, part in second.items():
+            whole = runtime.params["blocks"][1][name]
+            if isinstance(part, cpu.Packed):
+                taken, all_of_it = np.asarray(part.data)[part.start : part.stop], np.asarray(whole.data)
+                assert taken.ctypes.data == all_of_it[whole.start : whole.stop].ctypes.data  # nothing was copied
+                assert packing.unpack(kernels, taken, part.form, part.shape).any()
+            else:
+                assert part is whole
 
 
 def test_without_kernels_everything_is_float32(small_model: Callable[..., Path]) -> None:

@@ -93,12 +93,14 @@ def of_session(session: Session) -> tuple[float, list[list[float]]]:
     return right / len(QUESTIONS), found
 
 
-def test_lm_eval_scores_as_the_session_does(url: str, session: Session, tmp_path: Path) -> None:
+def test_lm_eval_scores_as_the_session_does(session: Session, tmp_path: Path) -> None:
     data = tmp_path / "questions.json"
     data.write_text("\n".join(map(json.dumps, QUESTIONS)))
     (tmp_path / "task.yaml").write_text(TASK.format(data=data))
-    # Its tokenizer is the server's own: nothing is fetched.
-    printed = run(sys.executable, "-c", EVALUATE, url, tmp_path, HF_HOME=str(tmp_path / "hf"))
+    # Its tokenizer is that of the one model that the server holds: nothing is fetched.
+    with session.serve(port=0) as served:
+        assert served.model == "smollm2"
+        printed = run(sys.executable, "-c", EVALUATE, served.url, tmp_path, HF_HOME=str(tmp_path / "hf"))
     found = json.loads(printed.splitlines()[-1])
     accuracy, likelihoods = of_session(session)
     assert 0.5 <= found["acc"] == accuracy

@@ -1,8 +1,10 @@
 """The routes about models, over a registry of each test's own."""
 
+import asyncio
 import functools
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +14,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from anyio import CapacityLimiter
 
 from irkit import hub
 from irkit.engine import Model
+from irkit.errors import OptionError, PullError
 from irkit.hub import registry
+from irkit.options import ServeOptions, parse, seconds
 from irkit.results import Generation, Stats
 from irkit.server.ollama import jobs
 
@@ -112,7 +117,9 @@ def test_a_model_is_let_go_of_when_nobody_has_used_it(client, tiny_path, monkeyp
     def held() -> bool:
         return "m" in [model["name"] for model in client.get("/api/ps").json()["models"]]
 
-    body = {"model": "m", "prompt": "hello", "raw": True, "options": {"num_predict": 2}, "stream": False}
+    # With a bias that keeps the model from ending its answer.
+    options = {"num_predict": 2, "logit_bias": {257: -1e4}}
+    body = {"model": "m", "prompt": "hello", "raw": True, "options": options, "stream": False}
     assert client.post("/api/generate", json=body | {"keep_alive": 0}).json()["eval_count"] == 2
     wait_until(lambda: not held())
     # A later request says how long; while an answer is made, the time does not begin.
@@ -172,7 +179,7 @@ def test_create_from_a_file_that_was_sent(client, tiny_path):
 
 def test_a_model_made_anew_is_the_new_one(client, tiny_path):
     hub.create("base", tiny_path)
-    raw = {"model": "m", "prompt": "he", "raw": True, "stream": False, "options": {"seed": 1}}
+    raw = {"model": "m", "prompt": "he", "raw": True, "stream": False, "options": {"logit_bias": {257: -1e4}}}
     for count in (1, 2):
         body = {"model": "m", "from": "base", "parameters": {"num_predict": count}, "template": GO}
         assert client.post("/api/create", json=body | {"stream": False}).json() == {"status": "success"}
@@ -248,3 +255,44 @@ def test_pull_says_how_far_it_is(client, address, tiny_path, monkeypatch):
         body = {"model": name, "prompt": "he", "raw": True, "stream": False, "options": {"num_predict": 1}}
         assert client.post("/api/generate", json=body).json()["eval_count"] == 1
     assert client.post("/api/generate", json={"model": "hf.co/org/repo:Q8_0"}).status_code == 400
+
+
+def test_a_pull_that_nobody_waits_for_ends() -> None:
+    async def ask() -> list[str]:
+        job = jobs.Job()
+
+        def work(job: jobs.Job) -> None:
+            job.progress(1, 10, "m")
+            job.cancel()
+            job.progress(2, 10, "m")
+
+        async def end(_: None) -> None:
+            raise AssertionError("it did not end early")
+
+        said = []
+
+        async def listen() -> None:
+            async for line in job.lines(work, end, CapacityLimiter(1)):
+                said.append(line["status"])  # noqa: PERF401
+
+        with pytest.raises(PullError, match="has left"):
+            await listen()
+        assert job.done
+        return said
+
+    assert asyncio.run(ask()) == ["pulling manifest", "pulling m"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(5, 5), ("5", 5), (0, 0), ("0s", 0), ("5m", 300), ("1h30m", 5400), ("1.5h", 5400), ("300ms", 0.3), (-1, math.inf)],
+)
+def test_times(value, expected):
+    assert seconds(value) == pytest.approx(expected)
+    assert seconds("-1m") == math.inf
+
+
+@pytest.mark.parametrize("value", ["", "soon", "5 m", "1d", "nan", "m", "1h-5m"])
+def test_what_is_no_time(value):
+    with pytest.raises(OptionError, match='option "keep_alive": must be seconds, or a duration'):
+        parse(ServeOptions, {"keep_alive": value})

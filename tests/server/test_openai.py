@@ -82,6 +82,16 @@ def test_models(api):
     assert caught.value.code == "model_not_found"
 
 
+def test_a_model_that_a_program_serves_is_listed(tiny_path):
+    with irkit.Session(tiny_path) as session, session.serve(port=0) as served:
+        listed = httpx.get(f"{served.url}/v1/models").json()["data"]
+        assert [model["id"] for model in listed].count("tiny") == 1
+        assert httpx.get(f"{served.url}/v1/models/tiny").json()["id"] == "tiny"
+    with irkit.Session("smollm2") as session, session.serve(port=0) as served:
+        listed = httpx.get(f"{served.url}/v1/models").json()["data"]
+        assert [model["id"] for model in listed].count("smollm2") == 1
+
+
 def test_chat_streams_what_it_says_whole(client):
     more = {"logprobs": True, "top_logprobs": 2, "stream": True, "stream_options": {"include_usage": True}}
     *chunks, end = events(client.post("/v1/chat/completions", json=CHAT | more))
@@ -213,7 +223,8 @@ def test_what_is_left_out_is_the_models_own(client, made, tooled, model_path):
     body = {"model": "calm", "messages": CHAT["messages"]}
     first, second = (client.post("/v1/chat/completions", json=body).json() for _ in range(2))
     assert first["choices"][0]["message"] == second["choices"][0]["message"]
-    assert [generation.stats.tokens for generation in made] == [3, 3]
+    client.post("/v1/completions", json={"model": "calm", "prompt": "One, two,"})
+    assert [generation.stats.tokens for generation in made] == [3, 3, 3]
 
 
 def test_stop_bias_and_options_of_irkit(api):
@@ -319,6 +330,10 @@ def test_thinking_is_apart_and_can_be_left_out(api, tooled):
         said = api.chat.completions.create(**asked, **more).choices[0].message
         assert said.content
         assert not hasattr(said, "reasoning_content")
+    formed = api.chat.completions.create(**asked, response_format={"type": "json_object"}).choices[0].message
+    assert formed.content.startswith("{")
+    with pytest.raises(openai.BadRequestError, match="no thinking before"):
+        api.chat.completions.create(**asked, response_format={"type": "json_object"}, reasoning_effort="low")
     with pytest.raises(openai.BadRequestError, match="does not support thinking"):
         api.chat.completions.create(**CHAT, reasoning_effort="high")
 

@@ -39,6 +39,11 @@ def test_requests_are_answered_by_the_loaded_model(tiny: irkit.Session) -> None:
         scored = httpx.post(f"{served.url}/api/score", json={"model": "tiny", "text": "hello"}).json()
         assert scored["result"]["tokens"][-1]["logprob"] == pytest.approx(tiny.score("hello").tokens[-1].logprob)
         assert ask(served.url, "another").status_code == 404
+        for path in ("tags", "ps"):
+            models = httpx.get(f"{served.url}/api/{path}", timeout=60).json()["models"]
+            assert "tiny" in [model["name"] for model in models]
+        shown = httpx.post(f"{served.url}/api/show", json={"model": "tiny"}, timeout=60).json()
+        assert shown["model_info"]["llama.context_length"] == 512
         assert httpx.post(f"{served.url}/api/close", json={"model": "tiny"}).status_code == 200
         assert ask(served.url, num_predict=2).status_code == 200  # it was not the server's to close
     assert not served.running

@@ -67,6 +67,21 @@ def test_control_tokens_that_set_the_parts_of_an_answer_off_can_be_written(byte_
         assert "".join(map(stream.push, ids)) == text
 
 
+def test_a_prompt_for_what_fills_a_gap(byte_level: MakeTokenizer) -> None:
+    around = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
+    tokenizer = byte_level(control=["<s>", *around], bos_token_id=None)
+    assert tokenizer.fills_in
+    assert tokenizer.decode(tokenizer.encode_around("a<s>", "b"), skip_special=False).endswith(
+        "<fim_prefix>a<s><fim_suffix>b<fim_middle>"
+    )
+    (control,) = ids_of(tokenizer, "<s>")
+    assert control not in tokenizer.encode_around("a<s>", "b")
+    lacking = byte_level(control=around[:2])
+    assert not lacking.fills_in
+    with pytest.raises(OptionError, match="no tokens for filling in"):
+        lacking.encode_around("a", "b")
+
+
 def test_the_longest_of_overlapping_tokens_is_found(byte_level: MakeTokenizer) -> None:
     tokenizer = byte_level(control=["<a>", "<a><b>", "<b>"])
     assert [tokenizer.token(id) for id in ids_of(tokenizer, "<a><a><b><b>")] == ["<a>", "<a><b>", "<b>"]

@@ -78,3 +78,21 @@ def test_what_is_done_is_not_rendered_again() -> None:
     assert growing.update("One.\n\nTwo") == ("<p>One.</p>\n", "<p>Two</p>\n")
     assert growing.update("One.\n\nTwo.\n\n# Three") == ("<p>Two.</p>\n", "<h1>Three</h1>\n")
     assert growing.update("One.\n\nTwo.\n\n# Three") == ("", "<h1>Three</h1>\n")
+
+
+def test_lines_are_counted_as_markdown_counts_them() -> None:
+    growing = Growing()
+    assert growing.update("a\x0cb\u2028c\r\nd\n\nTwo") == ("<p>a\x0cb\u2028c\nd</p>\n", "<p>Two</p>\n")
+
+
+@pytest.mark.parametrize("mark", ["- ", "{}. "])
+def test_a_long_list_is_not_rendered_again_and_again(mark: str) -> None:
+    growing, html, going, text = Growing(), "", "", "Before.\n\n"
+    for number in range(1, 500):
+        text += f"{mark.format(number)}item `{number}`\n"
+        fresh, going = growing.update(text)
+        html += fresh
+        assert len(going) < 6000
+    items = re.findall(r"<code>(\d+)</code>", html + going)
+    assert items == [str(number) for number in range(1, 500)]
+    assert "<ol start=" in html + going or mark == "- "

@@ -19,7 +19,7 @@ from jax import Array
 
 from irkit.kernels import xla
 from irkit.kernels.cpu import library
-from irkit.kernels.cpu.packing import FORMS
+from irkit.kernels.cpu.packing import FORMS, packed_bytes
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt32
@@ -39,6 +39,11 @@ class Packed:
     shape: tuple[int, int]
     start: int = 0
     """Where in `data` it begins: a multiple of 64."""
+
+    @property
+    def stop(self) -> int:
+        """Where it ends."""
+        return self.start + packed_bytes(self.form, self.shape)
 
     @property
     def attributes(self) -> dict[str, Any]:

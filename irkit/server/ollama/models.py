@@ -16,7 +16,6 @@ import irkit
 from irkit import gguf, hub
 from irkit.engine import backends
 from irkit.errors import ModelNotFoundError, OptionError
-from irkit.hub.registry import describe
 from irkit.server.ollama.jobs import Job
 from irkit.server.ollama.requests import CopyRequest, CreateRequest, OllamaRequest, PullRequest, ShowRequest, refuse
 from irkit.server.places import PLACE
@@ -54,7 +53,7 @@ def router(sessions: Sessions) -> APIRouter:
 
         def listed() -> list[hub.Manifest]:
             found = {manifest.name: manifest for manifest in hub.models()}
-            return [*found.values(), *(_lent(running) for running in lent if running.name not in found)]
+            return [*found.values(), *(_manifest_of(running) for running in lent if running.name not in found)]
 
         return {"models": [_tag(manifest) for manifest in await to_thread.run_sync(listed)]}
 
@@ -72,7 +71,7 @@ def router(sessions: Sessions) -> APIRouter:
         name = _new_name(asked.named)
         lent = next((running for running in sessions.running() if running.lent and running.name == name), None)
         return JSONResponse(
-            await to_thread.run_sync(lambda: _shown(_lent(lent) if lent else _here(asked.named), asked.verbose))
+            await to_thread.run_sync(lambda: _shown(_manifest_of(lent) if lent else _here(asked.named), asked.verbose))
         )
 
     @routes.post("/pull", openapi_extra=body_of(PullRequest))
@@ -136,7 +135,7 @@ def router(sessions: Sessions) -> APIRouter:
         await to_thread.run_sync(hub.remove, name)
         return Response()
 
-    @routes.head("/blobs/{digest}")
+    @routes.head("/blobs/{digest}", include_in_schema=False)
     def has_blob(digest: str) -> Response:
         """Say whether a file of this sha256 was sent."""
         return Response(status_code=200 if hub.blob(digest) else 404)
@@ -170,9 +169,21 @@ def _here(model: str) -> hub.Manifest:
     return found
 
 
-def _lent(running: Running) -> hub.Manifest:
-    """The manifest of a model that a program has lent; its file may be anywhere, and is not read for its digest."""
-    return hub.find(running.name) or describe(running.session.model.path, running.name, digests=[""])
+def _manifest_of(running: Running) -> hub.Manifest:
+    """That of a model in memory; its file may be anywhere, or gone, and is not read for its digest."""
+    if found := hub.find(running.name):
+        return found
+    info = running.model.info(running.name, running.n_ctx)
+    return hub.Manifest(
+        name=running.name,
+        path=running.model.path,
+        size=info.size,
+        architecture=info.architecture,
+        parameters=info.parameters,
+        quantization=info.quantization,
+        sha256="",
+        added_at=datetime.now(UTC),
+    )
 
 
 def _new_name(model: str) -> str:
@@ -203,13 +214,12 @@ def _details(manifest: hub.Manifest) -> dict[str, Any]:
 
 
 def _process(running: Running) -> dict[str, Any]:
-    session = running.session
-    size = session.model.nbytes
+    model, size = running.model, running.model.nbytes
     expires = datetime.now(UTC) + timedelta(seconds=min(max(running.expires, 0.0), _FOR_EVER))
-    found = _tag(_lent(running)) | {
+    found = _tag(_manifest_of(running)) | {
         "size": size,
-        "size_vram": 0 if backends.select(session.model.backend, session.model.threads).name == "cpu" else size,
-        "context_length": session.n_ctx,
+        "size_vram": 0 if backends.select(model.backend, model.threads).name == "cpu" else size,
+        "context_length": running.n_ctx,
         "expires_at": expires.isoformat(),
     }
     del found["modified_at"]

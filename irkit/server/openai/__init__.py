@@ -22,6 +22,7 @@ from irkit.results import Generation, Score
 from irkit.server.captures import bounded, sent
 from irkit.server.openai.choices import Begun, Reply, Shown, chat_pieces, text_pieces
 from irkit.server.openai.requests import (
+    COMPLETION_TOKENS,
     AnswerRequest,
     ChatRequest,
     CompletionRequest,
@@ -45,8 +46,9 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
     @routes.get("/models")
     def models() -> dict[str, Any]:
         """List the models on the server's machine."""
-        lent = [_model(name, 0) for name in sessions.lent]
-        return {"object": "list", "data": [*lent, *map(_listed, hub.models())]}
+        found = {name: _model(name, 0) for name in sessions.lent}
+        found |= {manifest.name: _listed(manifest) for manifest in hub.models()}
+        return {"object": "list", "data": [*found.values()]}
 
     @routes.get("/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
@@ -66,9 +68,12 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         messages = [message_of(given, f"messages[{index}]") for index, given in enumerate(asked.messages)]
         session = await sessions.get(asked.model, asked.load)
         template = await to_thread.run_sync(lambda: session.template)
-        tools, think = asked.offered, asked.thinks
-        if think is None and "format" in asked.options and template.forms.thinking:
-            think = False  # the answer is of that form from its first token on
+        tools, think, formed = asked.offered, asked.thinks, "format" in asked.options
+        if tools and not (formed or template.calls_tools):
+            raise OptionError(f"model '{asked.model}' does not support tools", "tools")
+        if formed and think:
+            raise OptionError("there is no thinking before an answer that has a form from its first token on", "think")
+        think = False if formed else think
 
         def reader() -> AnswerReader:
             if asked.forced and tools:
@@ -90,6 +95,8 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
             raise OptionError('"best_of" is not supported: ask for n answers, with logprobs, and choose', "best_of")
         prompts = asked.prompts
         session = await sessions.get(asked.model, asked.load)
+        if "num_predict" not in asked.options and session.defaults.num_predict < 0:
+            asked = asked.model_copy(update={"max_tokens": COMPLETION_TOKENS})
         if asked.suffix:
             prompts = await to_thread.run_sync(lambda: [_around(session, prompt, asked) for prompt in prompts])
         scores: list[Score | None] = [None] * len(prompts)
@@ -99,7 +106,7 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
             score = partial(session.score, top_logprobs=asked.logprobs)
             scores = [await sessions.compute(partial(score, prompt)) for prompt in prompts]
         # To give the log-probabilities of a text, no answer needs to be begun.
-        only_scored = asked.options["num_predict"] == 0 and all(scores)
+        only_scored = asked.options.get("num_predict") == 0 and all(scores)
         asks = [partial(session.generate, prompt) for prompt in prompts]
         begun = [Begun([]) for _ in asks] if only_scored else await begin(request, asked, asks)
         begun = [Begun(b.generations, b.reading, score) for b, score in zip(begun, scores, strict=True)]

@@ -27,8 +27,7 @@ MAX_CHOICES = 128
 """The most answers of one request."""
 
 COMPLETION_TOKENS = 16
-"""What `max_tokens` is for completions where it is left out: OpenAI's default, as a text may go on for ever."""
-
+"""What `max_tokens` is for completions where nothing says: OpenAI's default, as a text may go on for ever."""
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -157,7 +156,7 @@ class CompletionRequest(AnswerRequest):
     @property
     def options(self) -> dict[str, Any]:
         """How answers are made."""
-        return {"num_predict": COMPLETION_TOKENS} | super().options | {"top_logprobs": self.logprobs or 0}
+        return super().options | {"top_logprobs": self.logprobs or 0}
 
     @property
     def prompts(self) -> list[str | Sequence[int]]:

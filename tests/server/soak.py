@@ -1,4 +1,4 @@
-"""A server under load for a long time: `python tests/bench/soak.py --minutes 10`.
+"""A server under load for a long time: `python tests/server/soak.py --minutes 10`.
 
 Eight clients ask at random: streams and not, long prompts and short ones, many that leave in the middle, bad requests.
 Meanwhile the server's memory and slots are looked at. At the end it says whether the memory stayed flat, every slot is
@@ -13,11 +13,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import httpx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 from real import Server, eventually, serving
 
 CLIENTS = 8
