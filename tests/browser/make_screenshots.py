@@ -71,7 +71,7 @@ def steering(notebook: Notebook, kernel: Kernel) -> Locator:
     view = output.locator(".irkit-view")
     kernel.run("p.as_message = False; p.vectors = [{**p.vectors[0], 'strength': 1.5}]; p.heads = [[3, 2, 0]]")
     view.get_by_role("button", name="Answer", exact=True).click()
-    kernel.until("p.edited is not None and not p.running")
+    kernel.until("p.edited is not None and not p.running", seconds=5 * SECONDS)
     return view
 
 
