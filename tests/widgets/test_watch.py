@@ -59,7 +59,7 @@ def test_an_answer_is_seen_while_it_is_made(tiny: irkit.Session) -> None:
     with_strength = [irkit.steer(np.ones(64), 0, 0.5)]
     view = tiny.watch()
     page = Page(view)
-    endless = {"logit_bias": {257: -1e4}}
+    endless: dict[str, Any] = {"logit_bias": {257: -1e4}}
     made = tiny.generate("hello", edits=with_strength, **endless)
     until(lambda: len(page.ids) > 3)
     assert page.rows[1]["live"]
