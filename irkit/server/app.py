@@ -135,8 +135,8 @@ def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb, budget: int) -> None
         load = LoadOptions(**{name: given[name] for name in LoadOptions.model_fields})
         session = await sessions.get(asked.model, load, computes=verb.name not in _COMPUTE_NOTHING)
         # What was left out is the model's own to set, if it has been made with options.
-        given = {n: v for n, v in given.items() if n not in GenerateOptions.model_fields or n in asked.model_fields_set}
-        arguments = bounded({name: given[name] for name in names if name in given}, budget)
+        wanted = [n for n in names if n not in GenerateOptions.model_fields or n in asked.model_fields_set]
+        arguments = bounded({name: given[name] for name in wanted}, budget)
         ask = partial(getattr(session, verb.name), **arguments)
         if verb.streams:
             generation: Generation = await to_thread.run_sync(ask)
