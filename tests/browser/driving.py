@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from queue import Empty
@@ -142,6 +143,7 @@ class Notebook:
     def __init__(self, page: Page, path: Path) -> None:
         self.page, self.path = page, path
         self.messages: list[tuple[float, bytes]] = []
+        """What widgets were told, and when the kernel sent it: the page's events come in bursts."""
         """Time and beginning of every message of a widget that came to the page."""
         page.on("websocket", self._listen)
 
@@ -149,7 +151,10 @@ class Notebook:
         def received(payload: str | bytes) -> None:
             data = payload if isinstance(payload, bytes) else payload.encode()
             if re.search(rb'"msg_type": ?"comm_(msg|open)"', data):
-                self.messages.append((time.monotonic(), data[:4000]))
+                sent = re.search(rb'"date": ?"([^"]+)"', data)
+                assert sent, "a message says when it was sent"
+                when = datetime.fromisoformat(sent[1].decode().replace("Z", "+00:00"))
+                self.messages.append((when.timestamp(), data[:4000]))
 
         opened.on("framereceived", received)
 
