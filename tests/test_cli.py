@@ -387,7 +387,8 @@ def test_the_history_is_kept_and_a_paste_of_several_lines_is_one_message(small_t
     small_terminal.type("\x1b[200~/nope\nand more\x1b[201~")
     small_terminal.expect("and more")
     small_terminal.type("\r")
-    shown = small_terminal.expect("(?=>>>)")
+    small_terminal.expect(r">>> /nope\r+\nand more\r+\n")  # the message, written once more as it is sent
+    shown = small_terminal.expect(">>>")
     assert "no command" not in shown  # which the first line alone would be
     small_terminal.type("\x04")
     assert small_terminal.close() == 0

@@ -88,7 +88,8 @@ function render({ model, el }) {
 
   // One answer in full.
   function whole(message, buffers) {
-    const same = shown === message.id;
+    const here = shown === message.id ? body.here : -1;
+    const focused = holder.contains(document.activeElement);
     shown = message.id;
     rows.set(message.id, message.row);
     body = answerBody();
@@ -101,7 +102,7 @@ function render({ model, el }) {
       ...(message.edits.length ? [make("div", { className: "irkit-note" }, `with edits: ${message.edits.join(", ")}`)] : []),
     );
     said.scrollTop = said.scrollHeight;
-    if (!same) pin(-1);
+    pin(here, focused && here >= 0);
     drawFacts();
   }
   function more(message, buffers) {

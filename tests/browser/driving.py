@@ -143,8 +143,8 @@ class Notebook:
     def __init__(self, page: Page, path: Path) -> None:
         self.page, self.path = page, path
         self.messages: list[tuple[float, bytes]] = []
-        """What widgets were told, and when the kernel sent it: the page's events come in bursts."""
-        """Time and beginning of every message of a widget that came to the page."""
+        """The beginning of every message of a widget that came to the page, and when the kernel sent it: the page's
+        events come in bursts."""
         page.on("websocket", self._listen)
 
     def _listen(self, opened: WebSocket) -> None:
@@ -295,10 +295,11 @@ class Jupyter:
         return path
 
     def open(self, page: Page, kernel: Kernel, path: Path | None = None, app: App = "lab") -> Notebook:
-        """Opens a notebook, or a new one, in a page with this kernel."""
+        """Opens a notebook that was not opened before, or a new one, in a page with this kernel."""
         path = path or self.write()
         session = {"path": path.name, "name": path.name, "type": "notebook", "kernel": {"id": kernel.key}}
-        httpx.post(f"{self.url}/api/sessions", json=session, timeout=SECONDS).raise_for_status()
+        made = httpx.post(f"{self.url}/api/sessions", json=session, timeout=SECONDS).raise_for_status()
+        assert made.json()["kernel"]["id"] == kernel.key, "a notebook keeps the kernel it was first opened with"
         notebook = Notebook(page, path)
         # A workspace of its own has no tabs of other notebooks.
         where = f"lab/workspaces/{uuid4().hex}/tree" if app == "lab" else "notebooks"

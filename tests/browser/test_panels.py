@@ -158,10 +158,16 @@ def test_what_a_session_answers_is_watched(notebook: Notebook, kernel: Kernel, p
     view.get_by_role("listbox").focus()
     page.keyboard.press("ArrowDown")
     kernel.until("w.chosen == 1 and not w.follow")
+    expect(view.locator("h4")).to_contain_text("POST /api/generate")  # else the keys are still the other answer's
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     expect(view.locator(".irkit-pinned .irkit-bars")).to_have_count(1)  # nobody asked for more with the answer
+    # What is sent once more, as for another page, leaves the choice as it is.
+    view.locator(".irkit-here").evaluate("(token) => token.setAttribute('data-old', '')")
+    kernel.run("w._send_whole()")
+    expect(view.locator("[data-old]")).to_have_count(0)
+    expect(view.locator(".irkit-here")).to_be_focused()
     page.keyboard.press("Enter")
     inside = page.locator(".irkit-step")
     inside.locator(".irkit-attention").wait_for()

@@ -1,5 +1,6 @@
 """The attention and the lens view where they are used: in JupyterLab and Notebook 7, in a real browser."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,8 +148,10 @@ def test_a_reloaded_page_has_the_view_and_another_kernel_its_twin(
     expect(view.locator("h4")).to_contain_text("Layer 5")
     assert painted(thumbnails(view)) > 0.5
     expect(twin).to_be_hidden()
+    copy = shutil.copy(notebook.path, jupyter.root / f"copy-{notebook.path.name}")
     other = jupyter.start_kernel()
-    jupyter.open(notebook.page, other, notebook.path)
+    jupyter.open(notebook.page, other, copy)
+    expect(view).to_have_count(0)
     expect(twin).to_be_visible()
     expect(twin.locator("img").first).to_be_visible()
     other.close()
