@@ -148,7 +148,8 @@ def test_a_reloaded_page_has_the_view_and_another_kernel_its_twin(
     expect(view.locator("h4")).to_contain_text("Layer 5")
     assert painted(thumbnails(view)) > 0.5
     expect(twin).to_be_hidden()
-    copy = shutil.copy(notebook.path, jupyter.root / f"copy-{notebook.path.name}")
+    copy = jupyter.root / f"copy-{notebook.path.name}"
+    shutil.copy(notebook.path, copy)
     other = jupyter.start_kernel()
     jupyter.open(notebook.page, other, copy)
     expect(view).to_have_count(0)
