@@ -182,7 +182,7 @@ class Runtime:
         layers = list(zip(cache.keys, cache.values, strict=True))
         program = self._program(steps.moved, (cache.capacity,), lambda: (*layers[0], *arguments))
         keys, values = zip(*(program(*layer, *arguments) for layer in layers), strict=True)
-        tokens = jax.device_put(np.asarray(cache.tokens)[:, origin], self.at)
+        tokens = _owned(np.asarray(cache.tokens)[:, origin], self.at)
         keys, values = jax.device_put((list(keys), list(values)), self._cache_at)
         return KVCache(keys, values, tokens)
 
@@ -191,10 +191,10 @@ class Runtime:
         width = ((0, 0), (0, 0), (0, capacity - len(ids)), (0, 0))
 
         def placed(layers: np.ndarray) -> list[jax.Array]:
-            return [jax.device_put(np.pad(layer[None], width), self._cache_at) for layer in layers]
+            return [_owned(np.pad(layer[None], width), self._cache_at) for layer in layers]
 
         tokens = np.pad(np.array([ids], np.int32), width[1:3])
-        return KVCache(placed(keys), placed(values), jax.device_put(tokens, self.at))
+        return KVCache(placed(keys), placed(values), _owned(tokens, self.at))
 
     def prepare(self, capacity: int, soon: int, top: bool) -> None:
         """Compile beside what goes on what decoding needs at `capacity`, and when it has grown to `soon`."""
@@ -474,3 +474,14 @@ class Runtime:
 
 def _one(value: int) -> np.ndarray:
     return np.array([value], np.int32)
+
+
+def _owned(values: np.ndarray, where: Any) -> jax.Array:
+    """`values` on the device, in memory of its own: on a CPU `device_put` may share numpy's, and a program that takes a
+    cache over would write to it, and free it, behind numpy's back."""
+    return _computed(jax.device_put(values, where))
+
+
+@jax.jit
+def _computed(values: jax.Array) -> jax.Array:
+    return values * 1

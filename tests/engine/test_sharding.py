@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -47,6 +48,7 @@ TEXT = "a text of twenty-five ids"
 
 ON_SEVERAL = """
 import json, re, sys
+import jax
 import numpy as np
 import irkit
 
@@ -134,6 +136,7 @@ with irkit.Session(path, precision="exact", mesh=2) as session:
 """
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 6), reason="jax 0.5.0 cannot compute in several processes on CPUs")
 def test_two_processes_say_what_one_says(wide_path, alone):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
