@@ -1,6 +1,7 @@
 """Fixtures every test can use: the real default model, fetched by irkit's own code, and small ones written here."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,10 @@ import irkit
 from irkit import hub
 
 os.environ["IRKIT_STORES"] = "0"  # what else is on the machine that tests is not looked at
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # In the background of a shell it is ignored, also by the processes that tests start, and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # GPT-2 writes these bytes as themselves and the others, in order, as U+0100 and on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 TOKENS = [chr(b) for b in PRINTABLE] + [chr(0x100 + i) for i in range(256 - len(PRINTABLE))] + ["he", "<|end|>"]
