@@ -36,11 +36,12 @@ class View(anywidget.AnyWidget):
     """
 
     twin_id = traitlets.Unicode().tag(sync=True)
+    _wholes: tuple[Widget, ...] = ()
+    """What it was displayed as."""
 
     def __init__(self, **traits: Any) -> None:
         super().__init__(**{"twin_id": uuid4().hex, **traits})
         self._shown_by: str | None = None
-        self._displayed = False
         beside_cells(self)
 
     def twin(self) -> str:
@@ -56,17 +57,28 @@ class View(anywidget.AnyWidget):
         cell, execution = running()
         self._shown_by = execution
         _take_over(self, cell, execution)
-        self._displayed = True
-        show(self.whole(), self._framed(), self.twin_id)
+        whole = self.whole()
+        self._wholes = (*self._wholes, whole)
+        show(whole, self._framed(), self.twin_id)
 
     def refresh_twin(self) -> None:
         """Put what the view shows now into its twin, wherever that was displayed."""
-        if not self._displayed:
+        if not self._wholes:
             return
         display(HTML(self._framed()), display_id=self.twin_id, update=True)
 
     def succeed(self, old: View) -> None:
         """Take over what should last of a view that an earlier run of the cell showed, and that is closed now."""
+
+    def close(self) -> None:
+        """Take the view away, and what it was displayed with."""
+        if self.comm is None:  # it was closed, or never made
+            return
+        for whole in self._wholes:
+            close_tree(whole, but=self)
+        self._wholes = ()
+        self.layout.close()
+        super().close()
 
     def _framed(self) -> str:
         return f'<div class="irkit-twin-{self.twin_id}">{self.twin()}</div>'
@@ -85,6 +97,16 @@ def show(widget: Widget, twin: str, twin_id: str) -> None:
     data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
     publish_display_data(data, metadata)
     display(HTML(twin), display_id=twin_id)
+
+
+def close_tree(widget: Any, but: Widget | None = None) -> None:
+    """Close a widget with its children, layouts and styles; a page that is loaded asks for each that is left."""
+    if widget is but:
+        return
+    for part in (*getattr(widget, "children", ()), getattr(widget, "layout", None), getattr(widget, "style", None)):
+        if isinstance(part, Widget):
+            close_tree(part, but)
+    widget.close()
 
 
 def beside_cells(widget: Widget) -> None:

@@ -220,8 +220,9 @@ class CacheWidget(base.View):
         def wait() -> None:
             while not asked.generation.wait_for(60):
                 pass
-            if list(self.cache.ids) != self.info["ids"] or self.cache.provenance != self.info["kind"]:
-                self.refresh()
+            with self._lock:  # two answers may have ended at once: one look is enough for both
+                if list(self.cache.ids) != self.info["ids"] or self.cache.provenance != self.info["kind"]:
+                    self.refresh()
 
         self._later(wait)
 

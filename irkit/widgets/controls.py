@@ -23,6 +23,7 @@ from ipywidgets import (
 
 from irkit.options import GenerateOptions, Options
 from irkit.verbs import Parameter, option_parameters
+from irkit.widgets import base
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -63,8 +64,7 @@ class Controls:
 
     def close(self) -> None:
         """Take the controls away."""
-        for widget in (*self.widgets.values(), self.preset, *self.box.children, self.box):
-            widget.close()
+        base.close_tree(self.box)
 
 
 def sampling(model: type[Options] = GenerateOptions, values: Mapping[str, Any] | None = None) -> Controls:
@@ -73,9 +73,10 @@ def sampling(model: type[Options] = GenerateOptions, values: Mapping[str, Any] |
     Fields that no simple control can set, such as `logit_bias`, are left to Python.
     """
     parameters = option_parameters(model)
-    made = {parameter.name: control(parameter) for parameter in parameters}
+    layout = Layout(width="auto", max_width="440px")
+    made = {parameter.name: control(parameter, layout) for parameter in parameters}
     widgets = {name: widget for name, widget in made.items() if widget is not None}
-    preset = Dropdown(options=[*PRESETS, _OWN], value="balanced", description="preset", layout=_LAYOUT, style=_STYLE)
+    preset = Dropdown(options=[*PRESETS, _OWN], value="balanced", description="preset", layout=layout, style=_STYLE)
     first = [widgets[name] for name in _FIRST if name in widgets]
     more = [widget for name, widget in widgets.items() if name not in _FIRST]
     rest = Accordion([VBox(more)], titles=["More"], selected_index=None, layout=Layout(max_width="440px"))
@@ -108,14 +109,13 @@ def folded(controls: Controls, title: str) -> Accordion:
 
 
 _STYLE = {"description_width": "9em"}
-_LAYOUT = Layout(width="auto", max_width="440px")
 
 
-def control(parameter: Parameter) -> Any:
+def control(parameter: Parameter, layout: Layout) -> Any:
     """A control for one option, with its default, bounds and help; None if its type has no simple one."""
     kind = _kind(parameter.annotation)
     label: dict[str, Any] = {"description": parameter.name, "tooltip": parameter.help}
-    look = {"style": _STYLE, "layout": _LAYOUT}
+    look = {"style": _STYLE, "layout": layout}
     start = parameter.default
     least, most = parameter.minimum, parameter.maximum
     if kind in (int, float) and least is not None and most is not None:

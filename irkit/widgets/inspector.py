@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 from ipywidgets import HTML, Tab, VBox
@@ -14,6 +13,7 @@ from irkit.edits import Edit
 from irkit.results import Token
 from irkit.session import Session
 from irkit.trace import Trace, size
+from irkit.widgets import base
 
 _POSITIONS = 8
 """Positions of the lens, the last of which is the step's."""
@@ -55,18 +55,12 @@ class Inspector:
         """Show nothing."""
         gone, self.box.children = self.box.children, ()
         for child in gone:
-            _close(child)
+            base.close_tree(child)
 
     def close(self) -> None:
         """Take it away."""
         self.clear()
-        self.box.close()
-
-
-def _close(widget: Any) -> None:
-    for child in getattr(widget, "children", ()):
-        _close(child)
-    widget.close()
+        base.close_tree(self.box)
 
 
 def cached(session: Session, ids: Sequence[int], trace: Trace) -> str:

@@ -269,7 +269,7 @@ class SteeringPanel(base.View):
             if stop.wait(PERIOD):
                 for each in pair:
                     each.cancel()
-                pair[1].wait_for(PERIOD)
+                    each.wait_for(PERIOD)
             if run != self._run:
                 return
             ended = all(each.done for each in pair)

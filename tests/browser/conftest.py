@@ -102,5 +102,6 @@ def page(context: "BrowserContext", outside: "Outside") -> "Iterator[Page]":
 
 @pytest.fixture
 def notebook(jupyter: "Jupyter", kernel: "Kernel", page: "Page") -> "Notebook":
-    """An empty notebook in JupyterLab, at the shared kernel."""
+    """An empty notebook in JupyterLab, at the shared kernel, in which no view of an earlier one is left."""
+    kernel.run("from ipywidgets import Widget; Widget.close_all()")
     return jupyter.open(page, kernel)

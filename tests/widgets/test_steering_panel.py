@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ipywidgets import Widget
 
 import irkit
 from irkit import view
@@ -130,6 +131,18 @@ def test_the_page_is_told_of_both_a_part_at_a_time(panel: SteeringPanel, monkeyp
     sent.clear()
     panel._handle_custom_msg({"kind": "state"}, [])
     assert [len(side["tokens"]) for side in sent[0]["sides"]] == [len(unedited.tokens), len(edited.tokens)]
+
+
+def test_nothing_is_left_of_a_panel_that_was_closed(tiny: irkit.Session) -> None:
+    def there() -> set[str]:
+        return set(Widget.get_manager_state()["state"])
+
+    before = there()
+    panel = view.steering(tiny, {"up": np.ones(64)}, prompt=PROMPT, as_message=False, live=False, **SHORT)
+    panel.show()
+    assert len(there() - before) > 20
+    panel.close()
+    assert there() <= before
 
 
 def test_stop_ends_both_and_another_answer_overtakes(tiny: irkit.Session) -> None:
