@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from irkit.engine import sweep
+from irkit.kernels import cpu
 from irkit.transformer import cache as kv
 from irkit.transformer.decoder import forward
 from irkit.transformer.taps import Edit, Hook, Spec
@@ -55,6 +56,7 @@ def logit_gradients(
 
     Zeros are added at every point; the derivative with regard to them is that with regard to the value.
     """
+    params = cpu.unpacked(params)  # the kernels have no derivative
     t = tokens.shape[1]
     shapes = {"attn.hook_z": (t, config.n_heads, config.d_head)}
     layers = range(config.n_layers)

@@ -380,19 +380,17 @@ class Model:
             chat_template="tokenizer.chat_template" in meta,
             precision=self.precision,
             backend=selected.line,
-            kernels=_kernels(self.precision, selected.name, self.mesh),
+            kernels=_kernels(selected.name, self.mesh),
         )
 
 
-def _kernels(precision: Precision, backend: Backend, mesh: int | None) -> str:
+def _kernels(backend: Backend, mesh: int | None) -> str:
     """Which kernels compute for a session, as `Info` shows it."""
     from irkit.kernels.cpu import library
 
     if mesh:
         return f"xla, on {mesh} device{'s' * (mesh > 1)}"
-    if backend != "cpu":
-        return "xla"
-    return library.describe() if precision == "fast" else "xla (precision is exact)"
+    return library.describe() if backend == "cpu" else "xla"
 
 
 def _check_fits(tokens: int, n_ctx: int) -> None:

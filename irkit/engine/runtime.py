@@ -82,10 +82,10 @@ class Runtime:
         self.dtype = jnp.dtype(_FAST[selected.name] if fast and selected.name in _FAST else jnp.float32)
         # Sorting and branching are what Apple's backends are worst at: there the CPU draws the tokens.
         self._drawer = jax.devices("cpu")[0] if selected.name in ("metal", "mps") else self.device
-        alone = fast and selected.name == "cpu" and not self.layout  # what is packed cannot be divided
+        alone = selected.name == "cpu" and not self.layout  # what is packed cannot be divided
         kernels = library.load() if alone and library.register() else None
         self.packed = kernels is not None
-        chosen = model.cache_type or ("f16" if self.packed else None)
+        chosen = model.cache_type or ("f16" if self.packed and fast else None)
         self.cache_dtype = jnp.dtype({"f16": jnp.float16, "f32": jnp.float32}[chosen]) if chosen else self.dtype
         self.chunks = FEW_CHUNKS if self.packed else CHUNKS
         # An example for compiling: made once, since every step asks for its program.
@@ -95,7 +95,7 @@ class Runtime:
         self._shapes_traced: dict[tuple[Any, ...], Any] = {}
         self._tapped: list[tuple[Any, ...]] = []
         self._compiling = threading.Lock()
-        plans = weights.plan(model.file, families.weights(model.file, model.config), kernels)
+        plans = weights.plan(model.file, families.weights(model.file, model.config), kernels, exact=not fast)
         shapes = jax.tree.map(self._shape, plans)
         if self.layout:
             shapes = self.layout.parameters(shapes)

@@ -160,7 +160,7 @@ def tapping(
         of_k = k if reducer in ("top_k", "lens") else 0
         captures.append(Capture(name, None, slots, len(kept_heads.get(name, ())), n_positions, reducer, of_k))
     changes = [change for edit in edits for change in _changes(edit, config)]
-    spec = Spec(tuple(captures), tuple(changes), aside=at_end)
+    spec = Spec(tuple(captures), tuple(changes), stacked=at_end)
     made = Tapping(spec, wanted, kept_heads, at, at_end, lenses, tuple(edits), config, length, rows)
     made.operands(max(length, 1))  # what does not fit is told now, not on the device's thread
     return made

@@ -218,7 +218,7 @@ def values(calls: Sequence[Call], tapping: Tapping) -> dict[str, Callable[[], Va
             made[capture.point] = _joined(calls, tapping, capture, capture.point, None)
         for slot, layer in enumerate(layers):
             full = f"blocks.{layer}.{capture.point}"
-            key, where = (capture.point, slot) if capture.slots or tapping.spec.aside else (full, None)
+            key, where = (capture.point, slot) if capture.slots or tapping.spec.stacked else (full, None)
             made[full] = _joined(calls, tapping, capture, key, where)
     return made
 

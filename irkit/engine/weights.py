@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import jax
 import numpy as np
 
-from irkit import families
+from irkit import families, gguf
 from irkit.errors import UnsupportedModelError
 from irkit.kernels.cpu import packing
 
@@ -46,8 +46,10 @@ class Plan:
         return packing.packed_bytes(self.form, (rows, cols))
 
 
-def plan(file: File, weights: Any, kernels: CDLL | None) -> Any:
+def plan(file: File, weights: Any, kernels: CDLL | None, *, exact: bool = False) -> Any:
     """A `Plan` for each of the tree's weights, None where the model has none; matrices packed for the `kernels`.
+
+    Where it is to be `exact`, they are packed as the float32 numbers that the file's stand for.
 
     Raises:
         ModelFileError, UnsupportedModelError: a tensor is missing, has another shape or a format unknown here.
@@ -61,7 +63,8 @@ def plan(file: File, weights: Any, kernels: CDLL | None) -> Any:
         info = families.tensor(file, weight)
         if kernels is None or len(info.shape) != 2:
             return Plan(weight, None)
-        return Plan(weight, packing.form_of(kernels, info.format, (info.shape[0], info.shape[1])))
+        known = "F32" if exact else info.format
+        return Plan(weight, packing.form_of(kernels, known, (info.shape[0], info.shape[1])))
 
     plans = jax.tree.map(one, weights)
     starts, end = dict[str, int](), 0
@@ -129,9 +132,12 @@ def _read(file: File, pieces: list[tuple[Plan, range | None]], kernels: CDLL | N
             values[weight.name] = families.read_weight(file, weight, out)
             continue
         info = families.tensor(file, weight)
+        packed.append(weight.name)
+        if plan.form == "f32" and info.format != "F32":
+            tasks.append(_dequantized(file, plan, panels, kernels, room))
+            continue
         order = families.unpaired_rows(weight).astype(np.int32) if weight.paired_heads else None
         rows, cols = info.shape
-        packed.append(weight.name)
         tasks.append(packing.task(kernels, file.raw(weight.name), info.format, (rows, cols), room, order, panels))
     if kernels is not None and not all(fits := packing.pack_all(kernels, tasks)):
         raise UnsupportedModelError(
@@ -141,3 +147,16 @@ def _read(file: File, pieces: list[tuple[Plan, range | None]], kernels: CDLL | N
     for name in packed:
         file.forget(name)  # both copies of a model need not be in memory at once
     return values
+
+
+def _dequantized(file: File, plan: Plan, panels: range, kernels: CDLL, room: Array) -> packing.Task:
+    """The packing of these panels' rows, turned into float32 here."""
+    weight, (rows, cols) = plan.weight, plan.weight.shape
+    chosen = range(rows)[panels.start * packing.PANEL_ROWS : panels.stop * packing.PANEL_ROWS]
+    raw = file.raw(weight.name).reshape(rows, -1)
+    raw = raw[families.unpaired_rows(weight)[chosen]] if weight.paired_heads else raw[chosen.start : chosen.stop]
+    shape = len(chosen), cols
+    values = gguf.dequantize(raw.reshape(-1), families.tensor(file, weight).format, shape)
+    panel = packing.packed_bytes("f32", (1, cols))
+    mine = room[panels.start * panel : panels.stop * panel]
+    return packing.task(kernels, values.reshape(-1).view(np.uint8), "F32", shape, mine)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from irkit import kernels
-from irkit.kernels import cpu, xla
+from irkit.kernels import cpu
 from irkit.transformer.cache import KVCache, write, write_tokens
 from irkit.transformer.config import Config
 from irkit.transformer.taps import Operands, Spec, Taps, named, split
@@ -27,6 +27,10 @@ Params = dict[str, Any]
 """`embed` [v, d], `unembed` [v, d] or None where tied to `embed`, `ln_final` [d], `inv_freq` [rotary_dim/2],
 and `blocks`, a dict for each layer. Matrices are [out, in], arrays or `irkit.kernels.cpu.Packed`; biases are None
 where the model has none."""
+
+_PATTERN = "attn.hook_pattern"
+_SHOWN = frozenset(cpu.POINTS) | {_PATTERN}
+"""What can be captured of a layer that one kernel computes."""
 
 
 def forward(
@@ -73,15 +77,8 @@ def forward(
         tap.layer(index)
         old = cache.keys[index], cache.values[index]
         resid = tap("hook_resid_pre", resid)
-        shown = tap.captures_inside()
-        if cpu.can_fuse(block, config.d_head) and not tap.edits_inside() and (tap.aside or not shown):
-            entered = resid
-            constants = {"eps": config.eps, "scale": config.attention_scale}
-            resid, new = cpu.layer(block, entered, old, start, count, rotation, **constants)
-            if shown:
-                layer(block, entered, new, positions, rotation, config, tap, written=True)
-            else:
-                tap.beside("attn.hook_pattern", partial(pattern, block, entered, new[0], positions, rotation, config))
+        if cpu.can_fuse(block, config.d_head) and not tap.edits_inside() and tap.captured_inside() <= _SHOWN:
+            resid, new = fused_layer(block, resid, old, start, count, rotation, config, tap)
         else:
             resid, new = layer(block, resid, old, positions, rotation, config, tap)
         resid = tap("hook_resid_post", resid)
@@ -95,7 +92,7 @@ def forward(
             resid, normed_at = at(resid, normed_at), None  # nobody looks at the norm of the others
     logits = to_logits(params, resid, config, tap, normed_at)
     captures = lenses(params, config, spec, tap.captures)
-    if spec.aside:
+    if spec.stacked:
         captures = stacked(captures)
     return logits, KVCache(keys, values, write_tokens(cache.tokens, tokens, start)), captures
 
@@ -157,23 +154,17 @@ def layer(
     rotation: tuple[Array, Array],
     config: Config,
     tap: Taps,
-    *,
-    written: bool = False,
 ) -> tuple[Float[Array, "b t d"], tuple[Array, Array]]:
-    """One block: attention and MLP, each behind a norm, each added to the residual stream.
-
-    `written` says that the cache holds these tokens' keys and values already.
-    """
+    """One block: attention and MLP, each behind a norm, each added to the residual stream."""
     normed = rms_norm(resid, block["ln1"], config.eps, tap, "ln1")
     q = tap("attn.hook_q", heads(affine(normed, block, "q"), config.n_heads))
     k = tap("attn.hook_k", heads(affine(normed, block, "k"), config.n_kv_heads))
     v = tap("attn.hook_v", heads(affine(normed, block, "v"), config.n_kv_heads))
     q = tap("attn.hook_rot_q", rotate(q, *rotation))
     k = tap("attn.hook_rot_k", rotate(k, *rotation))
-    if not written:
-        cached = write(cached[0], k, positions[:, 0]), write(cached[1], v, positions[:, 0])
+    cached = write(cached[0], k, positions[:, 0]), write(cached[1], v, positions[:, 0])
     its = kernels.of(block["o"])
-    looked_at = tap.wants("attn.hook_attn_scores") or tap.wants("attn.hook_pattern")
+    looked_at = tap.wants("attn.hook_attn_scores") or tap.wants(_PATTERN)
     z = its.attention(q, *cached, positions, config.attention_scale, tap if looked_at else None)
     z = tap("attn.hook_z", z)
     result = tap("attn.hook_result", its.by_head(z, block["o"])) if tap.wants("attn.hook_result") else None
@@ -195,25 +186,42 @@ def mlp(block: Params, resid: Float[Array, "b t d"], config: Config, tap: Taps) 
     return tap("hook_mlp_out", affine(tap("mlp.hook_post", silu(gate) * up), block, "down"))
 
 
-def pattern(
+def fused_layer(
     block: Params,
     resid: Float[Array, "b t d"],
-    keys: Float[Array, "b k c h"],
-    positions: Int[Array, "b t"],
+    cached: tuple[Array, Array],
+    start: Int[Array, " b"],
+    count: Int[Array, " b"],
     rotation: tuple[Array, Array],
     config: Config,
+    tap: Taps,
+) -> tuple[Float[Array, "b t d"], tuple[Array, Array]]:
+    """`layer` in one call of a kernel, which shows what is captured of it as far as it is in `_SHOWN`."""
+    wanted = tap.captured_inside()
+    if _PATTERN in wanted:  # it follows from the queries
+        wanted = wanted - {_PATTERN} | {"attn.hook_rot_q"}
+    shown = [point for point in cpu.POINTS if point in wanted]
+    constants = {"eps": config.eps, "scale": config.attention_scale}
+    resid, cached, values = cpu.layer(block, resid, cached, start, count, rotation, **constants, shown=shown)
+    for point, value in values.items():
+        tap(point, value)
+    if tap.wants(_PATTERN):
+        positions = start[:, None] + jnp.arange(resid.shape[1], dtype=jnp.int32)
+        tap.beside(_PATTERN, partial(pattern, values["attn.hook_rot_q"], cached[0], positions, config.attention_scale))
+    return resid, cached
+
+
+def pattern(
+    q: Float[Array, "b t H h"],
+    keys: Float[Array, "b K c h"],
+    positions: Int[Array, "b t"],
+    scale: float,
     chosen: Int[Array, " n"] | None,
 ) -> Float[Array, "b H t c"]:
-    """A layer's attention pattern, from the stream that enters it and the keys that it leaves in the cache.
-
-    `chosen` are the queries to compute it of, counted from the call's first; None for all.
-    """
+    """A layer's attention pattern; `chosen` are the queries to compute it of, counted from the call's first, or all."""
     if chosen is not None:
-        resid, positions, cos, sin = (jnp.take(x, chosen, axis=1) for x in (resid, positions, *rotation))
-        rotation = cos, sin
-    normed = rms_norm(resid, block["ln1"], config.eps, Taps(), "ln1")
-    q = rotate(heads(affine(normed, block, "q"), config.n_heads), *rotation)
-    return xla.pattern(q, keys.astype(jnp.float32), positions, config.attention_scale)
+        q, positions = (jnp.take(x, chosen, axis=1, mode="clip") for x in (q, positions))
+    return cpu.pattern(q, keys, positions, scale)
 
 
 def affine(x: Float[Array, "b t i"], block: Params, name: str) -> Float[Array, "b t o"]:

@@ -144,10 +144,8 @@ class Spec:
 
     captures: tuple[Capture, ...] = ()
     edits: tuple[Edit, ...] = ()
-    aside: bool = False
-    """Where one kernel computes a whole layer, let it, and compute what is captured within the layer once more: the
-    answer is the same to the bit whatever is captured, and the captures agree with it as two orders of rounding do.
-    Those of all layers come as one array, since an array costs a small program more than its numbers."""
+    stacked: bool = False
+    """Captures of all layers come as one array, since an array costs a small program more than its numbers."""
 
     def __bool__(self) -> bool:
         return bool(self.captures or self.edits)
@@ -256,21 +254,13 @@ class Taps:
         """Whether a value is asked for or changed; for values that would not be computed otherwise."""
         return bool(self.captured(point) or self.edited(point))
 
-    @property
-    def aside(self) -> bool:
-        """As in the `Spec`."""
-        return self._spec.aside
-
     def edits_inside(self) -> bool:
         """Whether anything within the layer is changed, between the stream as it enters and as it leaves."""
         return any(self.edited(point) for point in _INSIDE)
 
-    def captures_inside(self) -> bool:
-        """Whether a value is asked for that only computing the layer step by step shows.
-
-        The pattern is none: it follows from the stream that enters.
-        """
-        return any(self.captured(point) for point in _INSIDE if point != "attn.hook_pattern")
+    def captured_inside(self) -> set[str]:
+        """The hook points within the layer of which something is kept."""
+        return {point for point in _INSIDE if self.captured(point)}
 
     def __call__(self, point: str, value: Array) -> Array:
         """What is to stand at the hook point `point` instead of `value`."""

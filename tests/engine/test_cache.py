@@ -287,7 +287,11 @@ def test_only_going_on_uses_what_was_dropped_from(s: irkit.Session) -> None:
     assert again.stats.cached_tokens == 3  # those before the dropped ones
     assert (s.cache.provenance, fork.provenance) == ("clean", "dropped and edited")
     s.reset()
-    assert made(s.generate(list(fork.ids), **GREEDY)) == made(again)
+    alone = s.generate(list(fork.ids), **GREEDY)
+    assert [token.id for token in alone.tokens] == [token.id for token in again.tokens]
+    np.testing.assert_allclose(
+        [logprob for _, logprob in made(alone)], [logprob for _, logprob in made(again)], atol=1e-5
+    )
 
 
 def test_saved_and_loaded_is_the_same(s: irkit.Session, path: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fast precision, through the CPU's kernels, against exact precision, through XLA, on whole models."""
+"""Both precisions, through the CPU's kernels, against the portable path with the same weights, on whole models."""
 
 import os
 import pydoc_data.topics
@@ -17,7 +17,7 @@ import pytest
 import irkit
 from irkit.engine import open_model, steps
 from irkit.engine.runtime import Runtime
-from irkit.kernels.cpu import can_fuse, library
+from irkit.kernels.cpu import can_fuse, library, unpacked
 from irkit.options import LoadOptions
 from irkit.transformer import cache as kv
 from irkit.transformer.decoder import forward
@@ -38,14 +38,15 @@ def runtime_of(path: Path, precision: Any) -> Runtime:
     return open_model(path, LoadOptions(precision=precision, backend="cpu")).load().result()
 
 
-def logits(runtime: Runtime, ids: Sequence[int], *sizes: int) -> np.ndarray:
-    """After each of `ids`, which are read in calls of so many tokens."""
+def logits(runtime: Runtime, ids: Sequence[int], *sizes: int, portable: bool = False) -> np.ndarray:
+    """After each of `ids`, which are read in calls of so many tokens; through XLA, if they are to be `portable`."""
+    params = unpacked(runtime.params) if portable else runtime.params
     cache = kv.empty(runtime.config, 1, 512, runtime.cache_dtype)
     parts, done = [], 0
     for size in sizes:
         tokens = np.array([ids[done : done + size]], np.int32)
         where = np.array([done], np.int32), np.array([size], np.int32)
-        found, cache, _ = read(runtime.params, cache, tokens, *where, config=runtime.config)
+        found, cache, _ = read(params, cache, tokens, *where, config=runtime.config)
         parts.append(np.asarray(found[0]))
         done += size
     return np.concatenate(parts)
@@ -66,21 +67,22 @@ FLOATS = ("F32", "F16", "BF16")
         ("F16", {"d_model": 80, "d_mlp": 72}),  # widths that 32 does not divide
     ],
 )
-def test_fast_logits_are_near_the_exact_ones(
+def test_logits_are_near_the_portable_ones(
     small_model: Callable[..., Path], format_name: str, shape: dict[str, Any]
 ) -> None:
     path = small_model(format_name, **shape)
     fast, exact = runtime_of(path, "fast"), runtime_of(path, "exact")
     assert fast.packed
-    assert not exact.packed
+    assert {block["down"].form for block in exact.params["blocks"]} == {"f32"}
     assert all(can_fuse(block, fast.config.d_head) == (fast.config.d_head >= 16) for block in fast.params["blocks"])
-    expected = logits(exact, IDS, 41)
+    expected = logits(exact, IDS, 41, portable=True)
     # Of logits with a deviation of 2: float16 in the cache, and activations in eight bits where weights are codes.
     most, usual = (0.1, 0.004) if format_name in FLOATS else (1.0, 0.1)
     for sizes in [(1,), (5,), (40, 1)]:
         error = np.abs(logits(fast, IDS, *sizes) - expected[: sum(sizes)])
         assert error.max() < most
         assert error.mean() < usual
+        np.testing.assert_allclose(logits(exact, IDS, *sizes), expected[: sum(sizes)], rtol=0, atol=1e-4)
 
 
 @pytest.mark.usefixtures("nothing_prepared")

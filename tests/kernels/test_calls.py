@@ -15,7 +15,7 @@ from irkit.kernels import cpu, xla
 from irkit.kernels.cpu import calls, library, packing
 from irkit.transformer import decoder
 from irkit.transformer.config import Config
-from irkit.transformer.taps import Taps
+from irkit.transformer.taps import Taps, named
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the extension is not installed")
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32", "Q4_K", "Q5_K", "Q6_K")
@@ -127,6 +127,9 @@ def test_attention(heads: tuple[int, int, int], t: int, start: int, dtype: Any) 
     wide_keys, wide_values = (jnp.asarray(np.nan_to_num(each.astype(np.float32))) for each in (keys, values))
     expected = xla.attention(jnp.asarray(q), wide_keys, wide_values, jnp.asarray(positions), d_head**-0.5)
     np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5)
+    mixing = jax.jit(cpu.pattern, static_argnums=3)(q, keys, positions, d_head**-0.5)
+    wanted = xla.pattern(jnp.asarray(q), wide_keys, jnp.asarray(positions), d_head**-0.5)
+    np.testing.assert_allclose(mixing, wanted, rtol=0, atol=5e-6)
 
 
 def test_attention_shows_its_pattern() -> None:
@@ -169,7 +172,7 @@ CONFIG = Config(
     rotary_dim=64,
     attention_scale=0.125,
 )
-CONSTANTS = {"eps": CONFIG.eps, "scale": CONFIG.attention_scale}
+CONSTANTS: dict[str, Any] = {"eps": CONFIG.eps, "scale": CONFIG.attention_scale}
 SHAPES = {"q": (384, 256), "k": (128, 256), "v": (128, 256), "o": (256, 384)} | {
     "gate": (512, 256),
     "up": (512, 256),
@@ -210,12 +213,40 @@ def test_a_layer_is_the_sum_of_its_parts(formats: dict, biases: bool, b: int, t:
 
     assert cpu.can_fuse(parameters, CONFIG.d_head)
     expected, expected_cache = jax.jit(parts)(resid, *cache)
-    found, found_cache = jax.jit(fused)(resid, *cache)
+    found, found_cache, _ = jax.jit(fused)(resid, *cache)
     # A value next to a rounding border may fall on the other side of it: one step of int8 in one of 256 terms.
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * np.abs(expected).max())
     assert np.mean(np.abs(found - expected)) < 1e-3 * np.mean(np.abs(expected))
     for mine, theirs in zip(found_cache, expected_cache, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize(("t", "start"), [(1, 9), (20, 3)])
+def test_a_layer_shows_what_its_parts_compute(t: int, start: int) -> None:
+    rng = np.random.default_rng(t)
+    parameters = block(dict.fromkeys(calls.MATRICES, "F32"), biases=True)
+    resid = rng.normal(size=(1, t, 256)).astype(np.float32)
+    cache = [rng.normal(size=(1, 2, 64, 64)).astype(np.float32) for _ in range(2)]
+    starts, positions = jnp.array([start]), start + jnp.arange(t)[None]
+    rotation = decoder.rotary(positions, jnp.asarray(10000 ** -np.linspace(0, 1, 32, dtype=np.float32)))
+
+    def parts(resid: Any, keys: Any, values: Any) -> Any:
+        taps = Taps(named([f"blocks.0.{point}" for point in cpu.POINTS]))
+        decoder.layer(parameters, resid, (keys, values), positions, rotation, CONFIG, taps.layer(0))
+        return {name.removeprefix("blocks.0."): value for name, value in taps.captures.items()}
+
+    def fused(resid: Any, keys: Any, values: Any, shown: Any) -> Any:
+        return cpu.layer(parameters, resid, (keys, values), starts, jnp.full(1, t), rotation, **CONSTANTS, shown=shown)
+
+    wanted = jax.jit(parts)(resid, *cache)
+    assert set(wanted) == set(cpu.POINTS)
+    run = jax.jit(fused, static_argnums=3)
+    plain, _, _ = run(resid, *cache, ())
+    out, _, values = run(resid, *cache, cpu.POINTS)
+    np.testing.assert_array_equal(out, plain)
+    for point, value in wanted.items():
+        assert values[point].shape == value.shape, point
+        np.testing.assert_allclose(values[point], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=point)
 
 
 def test_padding_is_left_alone() -> None:
@@ -231,8 +262,8 @@ def test_padding_is_left_alone() -> None:
             resid, *cache
         )
 
-    whole, (keys, _) = run(24)
-    part, (few_keys, _) = run(7)
+    whole, (keys, _), _ = run(24)
+    part, (few_keys, _), _ = run(7)
     np.testing.assert_allclose(part[:, :7], whole[:, :7], atol=1e-5)
     np.testing.assert_array_equal(few_keys[:, :, :7], keys[:, :, :7])
     assert not np.asarray(few_keys[:, :, 7:]).any()

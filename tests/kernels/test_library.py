@@ -177,4 +177,4 @@ def test_instruction_sets() -> None:
 def test_info_says_which_kernels_compute(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IRKIT_KERNELS", "xla")
     assert Session(str(model_path), backend="cpu").info().kernels == "xla (IRKIT_KERNELS=xla)"
-    assert Session(str(model_path), backend="cpu", precision="exact").info().kernels == "xla (precision is exact)"
+    assert Session(str(model_path), backend="cpu", precision="exact").info().kernels == "xla (IRKIT_KERNELS=xla)"

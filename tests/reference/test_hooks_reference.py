@@ -10,6 +10,7 @@ import pytest
 from make_hooks_reference import CACHED_LAYERS, GRADIENT_LAYERS, MLP_STRIDE, POSITIONS, STREAM_STRIDE, head_scores
 
 import irkit
+from irkit.kernels.cpu import unpacked
 from irkit.transformer import cache as kv
 from irkit.transformer import decoder
 from irkit.transformer.taps import Edit, EditOperand, Operands, Spec
@@ -82,7 +83,7 @@ def test_the_induction_table(batch: irkit.Trace, frozen: dict[str, np.ndarray]) 
 @pytest.fixture(scope="module")
 def gradients(exact_session: irkit.Session, frozen: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
     """Of the logit difference, through vectors of zeros that are added to the stream: `[pos, d_model]` by layer."""
-    params = exact_session.model.load().result().params
+    params = unpacked(exact_session.model.load().result().params)
     config, size = exact_session.model.config, len(frozen["ids"])
     layers = (0, *GRADIENT_LAYERS)
     spec = Spec(edits=(Edit("hook_resid_pre", "add"),) * len(layers))

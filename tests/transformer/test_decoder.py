@@ -161,8 +161,8 @@ def test_an_empty_spec_compiles_to_the_program_without_taps(monkeypatch: pytest.
         def wants(self, name: str) -> bool:
             return False
 
-        def captures_inside(self) -> bool:
-            return False
+        def captured_inside(self) -> set[str]:
+            return set()
 
         def __call__(self, name: str, value: jax.Array) -> jax.Array:
             return value

@@ -1,5 +1,33 @@
 """Kernels in C++ for the CPU, called from the compiled program through XLA's foreign function interface."""
 
-from irkit.kernels.cpu.calls import Joined, Packed, attention, by_head, can_fuse, layer, linear, sample, take, top_k
+from irkit.kernels.cpu.calls import (
+    POINTS,
+    Joined,
+    Packed,
+    attention,
+    by_head,
+    can_fuse,
+    layer,
+    linear,
+    pattern,
+    sample,
+    take,
+    top_k,
+    unpacked,
+)
 
-__all__ = ["Joined", "Packed", "attention", "by_head", "can_fuse", "layer", "linear", "sample", "take", "top_k"]
+__all__ = [
+    "POINTS",
+    "Joined",
+    "Packed",
+    "attention",
+    "by_head",
+    "can_fuse",
+    "layer",
+    "linear",
+    "pattern",
+    "sample",
+    "take",
+    "top_k",
+    "unpacked",
+]

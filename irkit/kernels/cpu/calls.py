@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """A block's matrices, in the order in which the layer's kernel takes them."""
+POINTS = (
+    *("ln1.hook_scale", "ln1.hook_normalized", "attn.hook_q", "attn.hook_k", "attn.hook_v"),
+    *("attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_z", "hook_attn_out", "hook_resid_mid"),
+    *("ln2.hook_scale", "ln2.hook_normalized", "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", "hook_mlp_out"),
+)
+"""The hook points that `layer` can show, in the order of their numbers in src/layer.h."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["form", "shape", "start"])
@@ -86,6 +92,15 @@ def take(matrix: Packed, ids: Int[Array, "b t"]) -> Float[Array, "b t i"]:
     return jax.ffi.ffi_call("irkit_take", result)(matrix.data, ids, **matrix.attributes)
 
 
+def unpacked(params: Any) -> Any:
+    """The parameters with float32 arrays in the place of packed matrices."""
+
+    def array(leaf: Any) -> Any:
+        return take(leaf, jnp.arange(leaf.shape[0])[None])[0] if isinstance(leaf, Packed) else leaf
+
+    return jax.tree.map(array, dict(params), is_leaf=lambda leaf: isinstance(leaf, Packed))
+
+
 def linear(x: Float[Array, "b t i"], matrix: Packed) -> Float[Array, "b t o"]:
     """`x` times the transposed packed matrix."""
     rows = int(np.prod(x.shape[:-1]))
@@ -122,6 +137,17 @@ def attention(
     count = jnp.full(b, t, jnp.int32)
     call = jax.ffi.ffi_call("irkit_attention", results)
     return call(q, keys, values, positions[:, 0], count, scale=np.float32(scale))[0]
+
+
+def pattern(
+    q: Float[Array, "b t k*g h"], keys: Float[Array, "b k c h"], positions: Int[Array, "b t"], scale: float
+) -> Float[Array, "b k*g t c"]:
+    """As `irkit.kernels.xla.pattern`, with no key read that no query sees."""
+    if q.shape[-1] % 16:
+        return xla.pattern(q, keys.astype(jnp.float32), positions, scale)
+    b, t, heads, _ = q.shape
+    result = jax.ShapeDtypeStruct((b, heads, t, keys.shape[2]), jnp.float32)
+    return jax.ffi.ffi_call("irkit_pattern", result)(q, keys, positions, scale=np.float32(scale))
 
 
 def top_k(x: Float[Array, "b v"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
@@ -165,8 +191,11 @@ def layer(
     *,
     eps: float,
     scale: float,
-) -> tuple[Float[Array, "b t d"], tuple[Array, Array]]:
+    shown: Sequence[str] = (),
+) -> tuple[Float[Array, "b t d"], tuple[Array, Array], dict[str, Array]]:
     """A whole block in one call: what `irkit.transformer.decoder.layer` computes, with the cache written in place.
+
+    What is shown on the way changes no bit of the result; it is returned by hook point.
 
     Args:
         block: The block's parameters, its matrices packed.
@@ -177,6 +206,7 @@ def layer(
         rotation: Cosine and sine, `[b, t, 1, r]`.
         eps: Of both norms.
         scale: Multiplies the attention scores.
+        shown: What to show on the way: some of `POINTS`.
     """
     b, t, d_model = resid.shape
     _, n_kv_heads, capacity, d_head = cached[0].shape
@@ -186,13 +216,17 @@ def layer(
         *(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in cached),
         _scratch("irkit_layer_scratch", b, t, n_heads, n_kv_heads, d_head, capacity, d_model, d_mlp),
     )
+    widths = {"q": (n_heads, d_head), "k": (n_kv_heads, d_head), "v": (n_kv_heads, d_head), "z": (n_heads, d_head)}
+    widths |= {"scale": (1,), "pre": (d_mlp,), "pre_linear": (d_mlp,), "post": (d_mlp,)}
+    rows = [widths.get(name.rpartition("hook_")[2].removeprefix("rot_"), (d_model,)) for name in shown]
+    results += tuple(jax.ShapeDtypeStruct((b, t, *width), jnp.float32) for width in rows)
     biases = [block[f"{name}_bias"] for name in MATRICES]
     if any(bias is not None for bias in biases):
         biases = [jnp.zeros(0, jnp.float32) if bias is None else bias for bias in biases]
     else:
         biases = []
     call = jax.ffi.ffi_call("irkit_layer", results, input_output_aliases={5: 1, 6: 2})
-    resid, keys, values, _ = call(
+    resid, keys, values, _, *asked = call(
         resid,
         start,
         count,
@@ -204,12 +238,13 @@ def layer(
         *biases,
         starts=np.array([block[name].start for name in MATRICES], np.int64),
         forms=np.array([FORMS.index(block[name].form) for name in MATRICES], np.int64),
+        shown=np.array([POINTS.index(name) for name in shown], np.int64),
         n_heads=np.int64(n_heads),
         d_mlp=np.int64(d_mlp),
         eps=np.float32(eps),
         scale=np.float32(scale),
     )
-    return resid, (keys, values)
+    return resid, (keys, values), dict(zip(shown, asked, strict=True))
 
 
 def _scratch(function: str, *sizes: int) -> jax.ShapeDtypeStruct:

@@ -72,6 +72,45 @@ void test_attend(int64_t tokens, int64_t group, bool half) {
   }
 }
 
+void test_pattern(int64_t tokens, int64_t group, int64_t d_head, int64_t capacity, bool half) {
+  const int64_t batch = 2, kv_heads = 2, heads = kv_heads * group, stride = heads * d_head + 7;
+  const float scale = 0.3f;
+  Cache keys(batch * kv_heads * capacity * d_head, half);
+  const Floats q = normals(batch * tokens * stride);
+  std::vector<int32_t> positions(batch * tokens);
+  for (int32_t& each : positions) each = (int32_t)between(0, capacity - 1);
+  positions[0] = (int32_t)capacity + 5;  // what lies outside sees all there is
+  for (int64_t key = 0; key < capacity; ++key) {  // what nobody sees must not matter
+    const bool seen = key <= *std::max_element(positions.begin() + tokens, positions.end());
+    for (int64_t i = 0; !seen && i < kv_heads * d_head; ++i)
+      keys.set(((kv_heads + i / d_head) * capacity + key) * d_head + i % d_head, kNaN);
+  }
+  for (int threads : kThreads) {
+    set_threads(threads);
+    Floats out(batch * heads * tokens * capacity + 1, kUntouched);
+    pattern({batch, tokens, heads, kv_heads, d_head, capacity, nullptr, nullptr, q.data(), stride, keys.data(),
+             nullptr, half, scale, nullptr}, positions.data(), out.data());
+    expect(out.back() == kUntouched, "pattern: wrote behind its end");
+    for (int64_t row = 0; row < batch * heads * tokens; ++row) {
+      const int64_t b = row / heads / tokens, head = row / tokens % heads, at = b * tokens + row % tokens;
+      const int64_t limit = std::min<int64_t>(positions[at] + 1, capacity);
+      std::vector<double> wanted(capacity);
+      double most = -1e30, total = 0;
+      for (int64_t key = 0; key < limit; ++key) {
+        for (int64_t i = 0; i < d_head; ++i)
+          wanted[key] += scale * q[at * stride + head * d_head + i] *
+                         keys.number(((b * kv_heads + head / group) * capacity + key) * d_head + i);
+        most = std::max(most, wanted[key]);
+      }
+      for (int64_t key = 0; key < limit; ++key) total += wanted[key] = std::exp(wanted[key] - most);
+      for (int64_t key = 0; key < capacity; ++key)
+        expect(near(out[row * capacity + key], wanted[key] / total, 3e-6),
+               "pattern: d_head %d, capacity %d, half %d, limit %d: key %d is %.8g, not %.8g", (int)d_head, (int)capacity,
+               half, (int)limit, (int)key, out[row * capacity + key], wanted[key] / total);
+    }
+  }
+}
+
 std::vector<double> normed(const double* x, const Floats& norm, float eps) {
   std::vector<double> out(norm.size());
   double squares = 0;
@@ -128,8 +167,8 @@ struct SmallLayer {
     }
   }
 
-  // The result, and what has become of the cache.
-  Floats run(Cache* new_keys, Cache* new_values) const {
+  // The result, and what has become of the cache; into `shown`, if given, what its points have room for.
+  Floats run(Cache* new_keys, Cache* new_values, std::vector<Floats>* shown = nullptr) const {
     Floats out(batch * tokens * d_model, kUntouched);
     const int64_t size = layer_scratch(batch, tokens, heads, kv_heads, d_head, capacity, d_model, d_mlp);
     std::vector<uint8_t> scratch(size, 0xff);
@@ -148,6 +187,12 @@ struct SmallLayer {
     l.eps = eps;
     l.q = q.matrix(q_bias), l.k = k.matrix(k_bias), l.v = v.matrix(v_bias), l.o = o.matrix(), l.gate = gate.matrix();
     l.up = up.matrix(), l.down = down.matrix(down_bias);
+    for (size_t i = 0; shown && i < shown->size(); ++i) {
+      Floats& each = (*shown)[i];
+      if (each.empty()) continue;
+      each.assign(batch * tokens * width(l, (Point)i) + 1, kUntouched);
+      l.shown[i] = each.data();
+    }
     layer(l, scratch.data());
     return out;
   }
@@ -210,6 +255,61 @@ struct SmallLayer {
   }
 };
 
+// What is shown changes nothing, alone or with the rest, and adds up to the result.
+void test_shown(const Format& format, int64_t tokens) {
+  const SmallLayer l(format, format, tokens, false);
+  Cache keys = l.keys, values = l.values;
+  const Floats plain = l.run(&keys, &values);
+  std::vector<Floats> all(kPoints, Floats(1));
+  const auto run = [&](std::vector<Floats>* shown) {
+    Cache new_keys = l.keys, new_values = l.values;
+    const Floats out = l.run(&new_keys, &new_values, shown);
+    for (int64_t b = 0; b < l.batch; ++b)
+      for (int64_t i = b * tokens * l.d_model; i < (b * tokens + l.count[b]) * l.d_model; ++i)
+        expect(out[i] == plain[i], "shown: %d tokens: number %d is another", (int)tokens, (int)i);
+    for (const Floats& each : *shown) expect(each.empty() || each.back() == kUntouched, "shown: wrote behind the end");
+  };
+  run(&all);
+  for (int point = 0; point < kPoints; ++point) {
+    std::vector<Floats> one(kPoints);
+    one[point] = Floats(1);
+    run(&one);
+    const int64_t each = (int64_t)(one[point].size() - 1) / (l.batch * tokens);
+    for (int64_t b = 0; b < l.batch; ++b)
+      for (int64_t i = b * tokens * each; i < (b * tokens + l.count[b]) * each; ++i)
+        expect(one[point][i] == all[point][i], "shown: point %d, number %d is another alone", point, (int)i);
+  }
+  for (int64_t b = 0; b < l.batch; ++b) {
+    for (int64_t row = b * tokens; row < b * tokens + l.count[b]; ++row) {
+      for (int64_t i = row * l.d_model; i < (row + 1) * l.d_model; ++i) {
+        expect(all[kResidMid][i] == l.resid[i] + all[kAttnOut][i], "shown: the stream in the middle is wrong");
+        expect(plain[i] == all[kResidMid][i] + all[kMlpOut][i], "shown: what the MLP adds is wrong");
+        const float first = l.resid[i], second = all[kResidMid][i];
+        expect(near(all[kNormalized1][i] * all[kScale1][row], first, 1e-5 * (1 + std::fabs(first))) &&
+                   near(all[kNormalized2][i] * all[kScale2][row], second, 1e-5 * (1 + std::fabs(second))),
+               "shown: a norm is wrong");
+      }
+      for (int64_t i = row * l.d_mlp; i < (row + 1) * l.d_mlp; ++i)
+        expect(near(all[kPost][i], silu(all[kPre][i]) * all[kPreLinear][i], 1e-5 * (1 + std::fabs(all[kPost][i]))), "shown: the gate is wrong");
+      const int64_t t = row - b * tokens, q = l.heads * l.d_head;
+      std::vector<double> query(&all[kQ][row * q], &all[kQ][row * q] + q);
+      std::vector<double> key(&all[kK][row * l.kv], &all[kK][row * l.kv] + l.kv);
+      l.rotate(&query, row);
+      l.rotate(&key, row);
+      for (int64_t i = 0; i < q; ++i) expect(near(all[kRotQ][row * q + i], query[i], 1e-4), "shown: a query is wrong");
+      for (int64_t i = 0; i < l.kv; ++i) {
+        const int64_t at = ((b * l.kv_heads + i / l.d_head) * l.capacity + l.start[b] + t) * l.d_head + i % l.d_head;
+        expect(near(all[kRotK][row * l.kv + i], key[i], 1e-4) && all[kRotK][row * l.kv + i] == keys.number(at) &&
+                   all[kV][row * l.kv + i] == values.number(at), "shown: a key or value is wrong");
+      }
+      for (int64_t head = 0; format.ggml_type == 0 && head < l.heads; ++head)
+        check_attention("shown", &all[kZ][row * q + head * l.d_head], &all[kRotQ][row * q + head * l.d_head], keys, values,
+                        (b * l.kv_heads + head / (l.heads / l.kv_heads)) * l.capacity * l.d_head, l.d_head,
+                        l.start[b] + t + 1, l.scale);
+    }
+  }
+}
+
 void test_layer(const Format& format, const Format& other, int64_t tokens, bool half) {
   const SmallLayer l(format, other, tokens, half);
   Floats first;
@@ -233,9 +333,12 @@ void test_layers() {
   for (int64_t tokens : {1, 4, 5, 20, 50}) {
     for (bool half : {false, true}) {
       test_attend(tokens, 3, half);
+      test_pattern(tokens, 3, 32, 100, half);
+      test_pattern(tokens, 1, 80, 64, half);
       test_layer(kFormats[0], kFormats[0], tokens, half);
     }
     test_layer(kFormats[3], kFormats[6], tokens, true);
+    for (int format : {0, 3}) test_shown(kFormats[format], tokens);
   }
 }
 

@@ -181,6 +181,103 @@ void attend_many(const ManyQueries& m) {
   }
 }
 
+// Scores of up to eight queries with 16 keys, of which `turned` holds dimensions [0, dims) of one after the other.
+template <int n>
+IRKIT_INLINE void add_scores(const float* turned, int64_t dims, const float* q, int64_t q_stride, float* out,
+                             int64_t out_stride, bool first) {
+  Vec score[n];
+  IRKIT_UNROLL
+  for (int r = 0; r < n; ++r) score[r] = first ? zero() : load(out + r * out_stride);
+  for (int64_t i = 0; i < dims; ++i) {
+    const Vec key = load(turned + i * 16);
+    IRKIT_UNROLL
+    for (int r = 0; r < n; ++r) score[r] = fma(key, set1(q[r * q_stride + i]), score[r]);
+  }
+  IRKIT_UNROLL
+  for (int r = 0; r < n; ++r) store(out + r * out_stride, score[r]);
+}
+
+// Scores of one query: lanes are dimensions of the head, and the sums of 16 keys are folded at a time.
+void score_one(const Pattern& p, int row, float* out) {
+  const float* const q = p.q + row * p.q_stride;
+  for (int64_t key = 0; key < p.limit[row]; key += 16) {
+    const int64_t count = p.keys_count - key < 16 ? p.keys_count - key : 16;
+    Vec parts[16];
+    for (int64_t j = 0; j < 16; ++j) {
+      parts[j] = zero();
+      for (int64_t i = 0; j < count && i < p.d_head; i += 16)
+        parts[j] = fma(load_cached(p.keys, (key + j) * p.d_head + i), load(q + i), parts[j]);
+    }
+    alignas(64) float scores[16];
+    store(scores, sums(parts));
+    __builtin_memcpy(out + key, scores, count * sizeof(float));
+  }
+}
+
+// Scores of several queries: lanes are keys, sixteen of which are turned, so that a query's number meets all at once.
+void score_many(const Pattern& p, int64_t most) {
+  constexpr int64_t kDims = 64;  // turned at a time
+  const int64_t h = p.d_head, c = p.keys_count;
+  alignas(64) float turned[kDims * 16], few[16 * 16];
+  for (int64_t key = 0; key < most; key += 16) {
+    const int64_t count = c - key < 16 ? c - key : 16;
+    // A row that ends within sixteen keys cannot hold them all.
+    float* const out = count < 16 ? few : p.out + key;
+    const int64_t stride = count < 16 ? 16 : p.out_stride;
+    for (int64_t d = 0; d < h; d += kDims) {
+      const int64_t dims = h - d < kDims ? h - d : kDims;
+      for (int64_t j = 0; j < 16; ++j) {
+        for (int64_t i = 0; i < dims; i += 16) {
+          alignas(64) float part[16];
+          store(part, j < count ? load_cached(p.keys, (key + j) * h + d + i) : zero());
+          for (int e = 0; e < 16; ++e) turned[(i + e) * 16 + j] = part[e];
+        }
+      }
+      int r = 0;
+      for (; r + 8 <= p.count; r += 8)
+        add_scores<8>(turned, dims, p.q + r * p.q_stride + d, p.q_stride, out + r * stride, stride, d == 0);
+      for (; r < p.count; ++r)
+        add_scores<1>(turned, dims, p.q + r * p.q_stride + d, p.q_stride, out + r * stride, stride, d == 0);
+    }
+    if (count == 16) continue;
+    for (int r = 0; r < p.count; ++r) __builtin_memcpy(p.out + r * p.out_stride + key, few + 16 * r, count * sizeof(float));
+  }
+}
+
+void pattern(const Pattern& p) {
+  const int64_t c = p.keys_count;
+  int64_t most = 0;
+  for (int r = 0; r < p.count; ++r) most = p.limit[r] > most ? p.limit[r] : most;
+  if (p.count > 2) score_many(p, most);
+  for (int r = 0; r < p.count; ++r) {
+    if (p.count <= 2) score_one(p, r, p.out + r * p.out_stride);
+    float* const out = p.out + r * p.out_stride;
+    const int64_t limit = p.limit[r], whole = limit / 16 * 16;
+    const Vec scale = set1(p.scale), low = set1(kLowest);
+    alignas(64) float rest[16];
+    for (int64_t i = 0; i < 16; ++i) rest[i] = whole + i < limit ? out[whole + i] : kLowest;
+    const Vec rest_scores = below(whole, set1((float)limit), mul(load(rest), scale), low);
+    Vec top = rest_scores;
+    for (int64_t i = 0; i < whole; i += 16) {
+      const Vec score = mul(load(out + i), scale);
+      store(out + i, score);
+      top = max(top, score);
+    }
+    top = set1(largest(top));
+    const Vec rest_weights = below(whole, set1((float)limit), exponential(sub(rest_scores, top)), zero());
+    Vec total = rest_weights;
+    for (int64_t i = 0; i < whole; i += 16) {
+      const Vec weight = exponential(sub(load(out + i), top));
+      store(out + i, weight);
+      total = add(total, weight);
+    }
+    const Vec all = set1(sum(total));
+    for (int64_t i = 0; i < whole; i += 16) store(out + i, div(load(out + i), all));
+    store(rest, div(rest_weights, all));
+    for (int64_t i = whole; i < c; ++i) out[i] = i < limit ? rest[i - whole] : 0.0f;
+  }
+}
+
 void rotate(const float* x, const float* cos, const float* sin, int64_t r, int64_t d_head, float* out) {
   for (int64_t i = 0; i < r; ++i) {
     const float a = x[i], b = x[i + r];

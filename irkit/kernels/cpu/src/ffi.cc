@@ -99,11 +99,35 @@ ffi::Error attention(Floats q, ffi::AnyBuffer keys, ffi::AnyBuffer values, Ints 
   return ffi::Error::Success();
 }
 
+ffi::Error look(Floats q, ffi::AnyBuffer keys, Ints positions, float scale, ffi::ResultBuffer<ffi::F32> out) {
+  const Dimensions shape = q.dimensions(), cache = keys.dimensions();
+  if (shape.size() != 4 || cache.size() != 4) return wrong("pattern: shapes do not fit");
+  Attention a = {};
+  a.batch = shape[0];
+  a.tokens = shape[1];
+  a.n_heads = shape[2];
+  a.d_head = shape[3];
+  a.n_kv_heads = cache[1];
+  a.capacity = cache[2];
+  a.q = q.typed_data();
+  a.stride = a.n_heads * a.d_head;
+  a.keys = keys.untyped_data();
+  a.half = keys.element_type() == ffi::F16;
+  a.scale = scale;
+  if (cache[0] != a.batch || cache[3] != a.d_head || a.d_head % 16 || a.n_kv_heads < 1 || a.n_heads % a.n_kv_heads ||
+      a.capacity < 1 || !(a.half || keys.element_type() == ffi::F32) ||
+      (int64_t)positions.element_count() != a.batch * a.tokens ||
+      (int64_t)out->element_count() != a.batch * a.n_heads * a.tokens * a.capacity)
+    return wrong("pattern: shapes do not fit");
+  pattern(a, positions.typed_data(), out->typed_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                  Floats ln1, Floats ln2, Bytes q, Bytes k, Bytes v, Bytes o, Bytes gate, Bytes up, Bytes down,
-                 ffi::RemainingArgs biases, ffi::Span<const int64_t> starts, ffi::Span<const int64_t> forms, int64_t n_heads,
-                 int64_t d_mlp, float eps, float scale, ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> new_keys,
-                 ffi::Result<ffi::AnyBuffer> new_values, ffi::ResultBuffer<ffi::U8> scratch) {
+                 ffi::RemainingArgs biases, ffi::Span<const int64_t> starts, ffi::Span<const int64_t> forms, ffi::Span<const int64_t> shown,
+                 int64_t n_heads, int64_t d_mlp, float eps, float scale, ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> new_keys,
+                 ffi::Result<ffi::AnyBuffer> new_values, ffi::ResultBuffer<ffi::U8> scratch, ffi::RemainingRets asked) {
   const Dimensions shape = resid.dimensions(), cache = keys.dimensions();
   if (shape.size() != 3 || cache.size() != 4 || starts.size() != 7 || forms.size() != 7) return wrong("layer: shapes do not fit");
   if (keys.untyped_data() != new_keys->untyped_data() || values.untyped_data() != new_values->untyped_data())
@@ -140,6 +164,15 @@ ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, f
   if ((int64_t)scratch->element_count() <
       layer_scratch(a.batch, a.tokens, n_heads, a.n_kv_heads, a.d_head, a.capacity, d_model, d_mlp))
     return wrong("layer: too little scratch memory");
+  if (asked.size() != shown.size()) return wrong("layer: not as many results as are asked for");
+  for (size_t i = 0; i < shown.size(); ++i) {
+    auto result = asked.get<Floats>(i);
+    if (result.has_error()) return result.error();
+    if (shown[i] < 0 || shown[i] >= kPoints ||
+        (int64_t)(*result)->element_count() != rows * width(l, (Point)shown[i]))
+      return wrong("layer: what is asked for has another size");
+    l.shown[shown[i]] = (*result)->typed_data();
+  }
   l.resid = resid.typed_data();
   l.out = out->typed_data();
   l.cos = cos.typed_data();
@@ -212,6 +245,7 @@ extern "C" {
 IRKIT_API XLA_FFI_Error* irkit_take(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_linear(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_attention(XLA_FFI_CallFrame*);
+IRKIT_API XLA_FFI_Error* irkit_pattern(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_layer(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_top_k(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_sample(XLA_FFI_CallFrame*);
@@ -246,6 +280,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_attention, irkit::attention,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::U8>>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_pattern, irkit::look,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<float>("scale")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_layer, irkit::block,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::Buffer<ffi::F32>>()
@@ -267,6 +309,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_layer, irkit::block,
                                   .RemainingArgs()
                                   .Attr<ffi::Span<const int64_t>>("starts")
                                   .Attr<ffi::Span<const int64_t>>("forms")
+                                  .Attr<ffi::Span<const int64_t>>("shown")
                                   .Attr<int64_t>("n_heads")
                                   .Attr<int64_t>("d_mlp")
                                   .Attr<float>("eps")
@@ -274,7 +317,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_layer, irkit::block,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::U8>>());
+                                  .Ret<ffi::Buffer<ffi::U8>>()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     irkit_top_k, irkit::largest,
@@ -292,7 +336,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_sample, irkit::draw,
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 IRKIT_API const char* irkit_handlers() {
-  return "irkit_take,irkit_linear,irkit_attention,irkit_layer,irkit_top_k,irkit_sample";
+  return "irkit_take,irkit_linear,irkit_attention,irkit_pattern,irkit_layer,irkit_top_k,irkit_sample";
 }
 
 IRKIT_API void irkit_set_threads(int32_t threads) { irkit::set_threads(threads); }

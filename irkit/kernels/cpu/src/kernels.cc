@@ -43,8 +43,8 @@ extern const Kernels IRKIT_JOIN(kernels_, IRKIT_ISA);
 #define IRKIT_STRING(a) IRKIT_STRING_(a)
 const Kernels IRKIT_JOIN(kernels_, IRKIT_ISA) = {
     IRKIT_STRING(IRKIT_ISA), kTileRows,   prepare, multiply,      attend_few,
-    merge,                   attend_many, rotate,  to_half,       group_largest,
-    sum_exponentials,
+    merge,                   attend_many, pattern, norm,          gate,
+    rotate,                  to_half,     group_largest, sum_exponentials,
 };
 
 }  // namespace irkit

@@ -70,6 +70,21 @@ struct ManyQueries {
   float* scratch;
 };
 
+// The probabilities with which `count` <= 16 queries look at the keys: those of a token see `limit[i]` of them. q is of
+// the first; from query to query it is `q_stride` numbers, and `out_stride` from one row of `keys_count` results to
+// the next. What is not seen is 0.
+struct Pattern {
+  const float* q;
+  int64_t q_stride;
+  int count;
+  const int64_t* limit;
+  Cached keys;
+  int64_t d_head, keys_count;
+  float scale;
+  float* out;
+  int64_t out_stride;
+};
+
 constexpr int64_t kKeys = 32;  // taken at a time by many queries
 static constexpr int64_t many_scratch(int64_t d_head, int64_t heads) {
   return kKeys * d_head * 2 + heads * (2 * d_head + 2) * 16 + kKeys * 16;
@@ -86,6 +101,11 @@ struct Kernels {
   // Partial results of `parts` ranges of keys, `step` numbers apart, into z [rows, d_head], `stride` numbers apart.
   void (*merge)(const float* partial, int64_t parts, int64_t step, int rows, int64_t d_head, float* const* z);
   void (*attend_many)(const ManyQueries& queries);
+  void (*pattern)(const Pattern& pattern);
+  // The root of the mean square of x [count], and x divided by it.
+  void (*norm)(const float* x, int64_t count, float eps, float* scale, float* normalized);
+  // silu(x) times y, to `out`, which may be either.
+  void (*gate)(const float* x, const float* y, int64_t count, float* out);
   // x [d_head] with its first 2 r dimensions rotated, to `out`, which may be x.
   void (*rotate)(const float* x, const float* cos, const float* sin, int64_t r, int64_t d_head, float* out);
   void (*to_half)(const float* x, int64_t count, uint16_t* out);

@@ -11,6 +11,8 @@ constexpr int64_t kCacheLine = 64;
 // Keys of a part, when the keys that a few queries see are divided among threads: always as many, so that neither
 // the number of threads nor that of queries changes a bit of the result.
 constexpr int64_t kPartKeys = 128;
+// Of the panels that one task multiplies: what half of a core's second cache holds.
+constexpr int64_t kPanelsBytes = 384 << 10;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kCacheLine) * kCacheLine; }
@@ -65,13 +67,16 @@ void multiply_all(std::initializer_list<const Product*> products) {
   const int64_t tiles = ceil_div((*products.begin())->x.rows, tile_rows);
   int64_t total = 0;
   for (const Product* p : products) total += panels(p->matrix.rows);
+  int64_t bytes = 1;
+  for (const Product* p : products) bytes = std::max(bytes, panel_layout(p->matrix.form, p->matrix.cols).bytes);
   // Enough tasks that a slow thread can be relieved, few enough that taking one costs nothing beside it; panels that
-  // stay in a core's cache while all the tiles pass.
+  // stay in a core's cache while all the tiles pass, and pass them once where there are enough.
   const int64_t threads = irkit::threads();
-  const int64_t tile_groups = std::max<int64_t>(1, std::min(tiles / 4, threads * 2));
-  const int64_t group = ceil_div(tiles, tile_groups);
-  const int64_t step = std::clamp<int64_t>(ceil_div(total, threads * 6), 1, 32);
+  const int64_t most = std::clamp<int64_t>(kPanelsBytes / bytes, 1, 32);
+  const int64_t step = std::clamp<int64_t>(ceil_div(total, threads * 6), 1, most);
   const int64_t steps = ceil_div(total, step);
+  const int64_t tile_groups = steps >= threads * 6 ? 1 : std::max<int64_t>(1, std::min(tiles / 4, threads * 2));
+  const int64_t group = ceil_div(tiles, tile_groups);
   parallel(steps * ceil_div(tiles, group), [&](int64_t task) {
     const int64_t first_tile = task / steps * group;
     int64_t first = task % steps * step, last = std::min(first + step, total);
@@ -196,11 +201,18 @@ struct LayerRoom {
   }
 };
 
+// Does it for every row: on several threads, where that is not more work than waking them.
+template <class Work>
+void each(int64_t rows, const Work& one) {
+  if (rows > 4) return parallel(rows, one);
+  for (int64_t row = 0; row < rows; ++row) one(row);
+}
+
 // Rotates q in place, and writes the rotated k, and v, into the cache.
 void remember(const Layer& l, float* qkv, int64_t rows) {
   const Attention& a = l.attention;
   const int64_t stride = (a.n_heads + 2 * a.n_kv_heads) * a.d_head;
-  const auto one = [&](int64_t row) {
+  each(rows, [&](int64_t row) {
     const int64_t b = row / a.tokens, t = row % a.tokens;
     if (t >= a.count[b]) return;
     const float* cos = l.cos + row * l.rotary;
@@ -222,12 +234,7 @@ void remember(const Layer& l, float* qkv, int64_t rows) {
         std::copy_n(v, a.d_head, static_cast<float*>(l.values) + at);
       }
     }
-  };
-  if (rows <= 4) {
-    for (int64_t row = 0; row < rows; ++row) one(row);
-  } else {
-    parallel(rows, one);
-  }
+  });
 }
 
 }  // namespace
@@ -235,6 +242,45 @@ void remember(const Layer& l, float* qkv, int64_t rows) {
 int64_t layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
                       int64_t capacity, int64_t d_model, int64_t d_mlp) {
   return LayerRoom(nullptr, batch, tokens, n_heads, n_kv_heads, d_head, capacity, d_model, d_mlp).bytes;
+}
+
+void pattern(const Attention& a, const int32_t* positions, float* out) {
+  constexpr int64_t kAtOnce = 16;
+  const int64_t group = a.n_heads / a.n_kv_heads, blocks = ceil_div(a.tokens, kAtOnce);
+  parallel(a.batch * a.n_heads * blocks, [&](int64_t task) {
+    // The longest rows first, and those of heads that share keys one after the other.
+    const int64_t block = blocks - 1 - task / (a.batch * a.n_heads), head = task % a.n_heads;
+    const int64_t b = task / a.n_heads % a.batch, first = block * kAtOnce;
+    const int count = (int)std::min(kAtOnce, a.tokens - first);
+    int64_t limit[kAtOnce];
+    for (int i = 0; i < count; ++i)
+      limit[i] = std::clamp<int64_t>((int64_t)positions[b * a.tokens + first + i] + 1, 1, a.capacity);
+    kernels().pattern({a.q + (b * a.tokens + first) * a.stride + head * a.d_head, a.stride, count, limit,
+                       {head_of(a, a.keys, b, head / group), a.half}, a.d_head, a.capacity, a.scale,
+                       out + ((b * a.n_heads + head) * a.tokens + first) * a.capacity, a.capacity});
+  });
+}
+
+int64_t width(const Layer& l, Point point) {
+  switch (point) {
+    case kScale1:
+    case kScale2:
+      return 1;
+    case kQ:
+    case kRotQ:
+    case kZ:
+      return l.q.rows;
+    case kK:
+    case kV:
+    case kRotK:
+      return l.k.rows;
+    case kPre:
+    case kPreLinear:
+    case kPost:
+      return l.down.cols;
+    default:
+      return l.o.rows;
+  }
 }
 
 void layer(const Layer& l, uint8_t* scratch) {
@@ -245,35 +291,79 @@ void layer(const Layer& l, uint8_t* scratch) {
   const int64_t rows = a.batch > 1 ? a.batch * a.tokens : std::min<int64_t>(a.count[0], a.tokens);
   const int64_t stride = q + 2 * kv;
 
+  float* const* const shown = l.shown;
+  const auto show_norm = [&](const float* x, Point scale, Point normalized) {
+    if (!shown[scale] && !shown[normalized]) return;
+    each(rows, [&](int64_t row) {
+      kernels().norm(x + row * d_model, d_model, l.eps, shown[scale] ? shown[scale] + row : nullptr,
+                     shown[normalized] ? shown[normalized] + row * d_model : nullptr);
+    });
+  };
+  // Part of each row of what q, k and v are computed to.
+  const auto show = [&](Point point, int64_t from, int64_t count) {
+    if (!shown[point]) return;
+    for (int64_t row = 0; row < rows; ++row)
+      std::copy_n(room.qkv + row * stride + from, count, shown[point] + row * count);
+  };
+  // The product with what is in the tiles, added to the stream: by itself first, where it is asked for.
+  const auto add_to = [&](const float* stream, const Matrix& matrix, const Tiles& x, Point point, float* out) {
+    Product p = product(matrix, x, shown[point] ? shown[point] : out, d_model);
+    if (!shown[point]) {
+      p.finish = Finish::kAdd;
+      p.add = stream;
+    }
+    multiply_all({&p});
+    if (!shown[point]) return;
+    for (int64_t i = 0; i < rows * d_model; ++i) out[i] = shown[point][i] + stream[i];
+  };
+
+  show_norm(l.resid, kScale1, kNormalized1);
   Tiles x = prepared(room.model, l.resid, rows, l.ln1, l.eps, {&l.q, &l.k, &l.v});
   const Product pq = product(l.q, x, room.qkv, stride), pk = product(l.k, x, room.qkv + q, stride),
                 pv = product(l.v, x, room.qkv + q + kv, stride);
   multiply_all({&pq, &pk, &pv});
+  show(kQ, 0, q);
+  show(kK, q, kv);
+  show(kV, q + kv, kv);
   remember(l, room.qkv, rows);
+  show(kRotQ, 0, q);
+  show(kRotK, q, kv);
   a.q = room.qkv;
   a.stride = stride;
   a.keys = l.keys;
   a.values = l.values;
-  a.z = room.z;
+  a.z = shown[kZ] ? shown[kZ] : room.z;
   attend(a, room.attention);
 
-  x = prepared(room.heads, room.z, rows, nullptr, 0, {&l.o});
-  Product p = product(l.o, x, room.resid, d_model);
-  p.finish = Finish::kAdd;
-  p.add = l.resid;
-  multiply_all({&p});
+  x = prepared(room.heads, a.z, rows, nullptr, 0, {&l.o});
+  float* const mid = shown[kResidMid] ? shown[kResidMid] : room.resid;
+  add_to(l.resid, l.o, x, kAttnOut, mid);
 
-  x = prepared(room.model, room.resid, rows, l.ln2, l.eps, {&l.gate, &l.up});
-  p = product(l.gate, x, room.hidden, d_mlp);
-  p.finish = Finish::kGate;
-  p.up = l.up;
-  multiply_all({&p});
+  show_norm(mid, kScale2, kNormalized2);
+  x = prepared(room.model, mid, rows, l.ln2, l.eps, {&l.gate, &l.up});
+  float* const hidden = shown[kPost] ? shown[kPost] : room.hidden;
+  if (shown[kPre] || shown[kPreLinear]) {
+    float* const pre = shown[kPre] ? shown[kPre] : hidden;
+    float* const linear = shown[kPreLinear] ? shown[kPreLinear] : hidden;
+    const Product gated = product(l.gate, x, pre, d_mlp), up = product(l.up, x, linear, d_mlp);
+    multiply_all({&gated, &up});
+    each(rows, [&](int64_t row) {
+      kernels().gate(pre + row * d_mlp, linear + row * d_mlp, d_mlp, hidden + row * d_mlp);
+    });
+  } else {
+    Product p = product(l.gate, x, hidden, d_mlp);
+    p.finish = Finish::kGate;
+    p.up = l.up;
+    multiply_all({&p});
+  }
 
-  x = prepared(room.mlp, room.hidden, rows, nullptr, 0, {&l.down});
-  p = product(l.down, x, l.out, d_model);
-  p.finish = Finish::kAdd;
-  p.add = room.resid;
-  multiply_all({&p});
+  x = prepared(room.mlp, hidden, rows, nullptr, 0, {&l.down});
+  add_to(mid, l.down, x, kMlpOut, l.out);
+  // Padding that was not computed holds nothing that was in this memory before.
+  for (int point = 0; point < kPoints; ++point) {
+    const int64_t numbers = width(l, (Point)point);
+    if (shown[point]) std::fill(shown[point] + rows * numbers, shown[point] + a.batch * a.tokens * numbers, 0.0f);
+  }
 }
 
 }  // namespace irkit

@@ -29,6 +29,16 @@ int64_t attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_
                           int64_t capacity);
 void attend(const Attention& a, uint8_t* scratch);
 
+// The probabilities [batch, n_heads, tokens, capacity] by which attention mixes the values. Each query has a position
+// of its own, [batch, tokens], and sees the keys up to it; of `a`, `start`, `count`, `values` and `z` are not read.
+void pattern(const Attention& a, const int32_t* positions, float* out);
+
+// What a layer computes on its way, by the numbers with which it is asked for: [batch, tokens] rows of some width.
+enum Point {
+  kScale1, kNormalized1, kQ, kK, kV, kRotQ, kRotK, kZ, kAttnOut, kResidMid,
+  kScale2, kNormalized2, kPre, kPreLinear, kPost, kMlpOut, kPoints
+};
+
 // One block of a Llama: resid [batch, tokens, d_model] to out; keys and values are written at the tokens' positions.
 struct Layer {
   Attention attention;  // q, stride and z are the layer's own affair
@@ -43,9 +53,11 @@ struct Layer {
   const float* ln2;
   float eps;
   Matrix q, k, v, o, gate, up, down;
+  float* shown[kPoints];  // where to put what is asked for; null for the rest. It changes no bit of the result.
 };
 int64_t layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
                       int64_t capacity, int64_t d_model, int64_t d_mlp);
+int64_t width(const Layer& l, Point point);  // of a row
 void layer(const Layer& l, uint8_t* scratch);
 
 }  // namespace irkit

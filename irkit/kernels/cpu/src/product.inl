@@ -235,6 +235,33 @@ IRKIT_INLINE Vec normed(const float* x, int64_t k, int64_t cols, const float* no
   return norm ? mul(mul(v, factor), load(norm + k)) : v;
 }
 
+IRKIT_INLINE float mean_square(const float* x, int64_t count) {
+  Vec squares = zero();
+  float rest = 0;
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) squares = fma(load(x + i), load(x + i), squares);
+  for (; i < count; ++i) rest += x[i] * x[i];
+  return (sum(squares) + rest) / (float)count;
+}
+
+void norm(const float* x, int64_t count, float eps, float* scale, float* normalized) {
+  const float root = __builtin_sqrtf(mean_square(x, count) + eps);
+  if (scale) *scale = root;
+  for (int64_t i = 0; normalized && i < count; ++i) normalized[i] = x[i] / root;
+}
+
+void gate(const float* x, const float* y, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(out + i, mul(silu(load(x + i)), load(y + i)));
+  alignas(64) float part[2][16] = {};
+  for (int64_t j = i; j < count; ++j) {
+    part[0][j - i] = x[j];
+    part[1][j - i] = y[j];
+  }
+  store(part[0], mul(silu(load(part[0])), load(part[1])));
+  for (int64_t j = i; j < count; ++j) out[j] = part[0][j - i];
+}
+
 void prepare(const float* x, int64_t stride, const float* norm, float eps, Tiles tiles, int64_t first, int64_t last) {
   const int64_t cols = tiles.cols, blocks = (cols + kBlock - 1) / kBlock;
   for (int64_t row = first; row < last; ++row) {
@@ -242,14 +269,7 @@ void prepare(const float* x, int64_t stride, const float* norm, float eps, Tiles
     const int64_t n = tiles.rows - start < kTileRows ? tiles.rows - start : kTileRows;
     const float* from = x + row * stride;
     Vec factor = set1(1.0f);
-    if (norm) {
-      Vec squares = zero();
-      float rest = 0;
-      int64_t k = 0;
-      for (; k + 16 <= cols; k += 16) squares = fma(load(from + k), load(from + k), squares);
-      for (; k < cols; ++k) rest += from[k] * from[k];
-      factor = set1(1.0f / __builtin_sqrtf((sum(squares) + rest) / (float)cols + eps));
-    }
+    if (norm) factor = set1(1.0f / __builtin_sqrtf(mean_square(from, cols) + eps));
     for (int64_t b = 0; b < blocks; ++b) {
       const Vec v0 = normed(from, b * kBlock, cols, norm, factor);
       const Vec v1 = normed(from, b * kBlock + 16, cols, norm, factor);
