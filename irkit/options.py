@@ -331,7 +331,8 @@ class ServeOptions(Options):
     max_queue: int = Field(default=256, ge=0, le=1 << 16)
     """Requests that may wait beyond those; further ones are refused with status 503."""
     memory: int | None = Field(default=None, ge=0, le=1 << 50)
-    """The most bytes that the models in memory may take together; if not given, three quarters of this machine's."""
+    """The most bytes that the weights of the models in memory may take together, beside which there are KV caches; if
+    not given, three quarters of this machine's."""
     keep_alive: Annotated[str, AfterValidator(_is_duration)] = "5m"
     """How long a model stays in memory unused: seconds, or a duration such as 1h30m; below 0 is for ever."""
     budget: int = Field(default=1 << 28, ge=0, le=1 << 50)

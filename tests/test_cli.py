@@ -497,6 +497,17 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves_the_loop(terminal):
     assert terminal.close() == 0
 
 
+@pytest.mark.parametrize("terminal", [40], indirect=True)
+def test_what_is_typed_during_an_answer_waits_for_its_end(terminal):
+    terminal.enter("Count from one to one hundred.")
+    terminal.expect(r"\w+")
+    terminal.type("/help\r\x04")
+    answer = terminal.expect(">>> /help")
+    assert "/help" not in answer.removesuffix(">>> /help")  # nothing stands among the words of the answer
+    assert "Ctrl-C" in terminal.rest()
+    assert terminal.close() == 0
+
+
 def test_without_a_terminal_there_is_no_prompt_loop(model_path):
     done = irkit_("chat", model_path)
     assert (done.returncode, done.stderr) == (2, "irkit: a prompt loop needs a terminal\n")

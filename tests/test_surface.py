@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+from ipywidgets import Layout
 from typer.main import get_command
 
 from irkit.cli import commands
@@ -158,7 +159,7 @@ def test_bounds_are_inclusive_and_an_error_names_the_option(verb, parameter):
 
 @pytest.mark.parametrize("parameter", option_parameters(GenerateOptions), ids=lambda option: option.name)
 def test_the_notebooks_controls_say_the_same(parameter):
-    made = controls.control(parameter)
+    made = controls.control(parameter, Layout())
     if parameter.name in NO_CONTROL:
         assert made is None
         return

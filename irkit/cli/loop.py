@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from irkit import hub
-from irkit.cli.terminal import is_terminal, say, wait
+from irkit.cli.terminal import is_terminal, say, typed_ahead, wait
 from irkit.errors import IrkitError, OptionError
 from irkit.options import GenerateOptions
 
@@ -31,6 +31,11 @@ def prompt_loop(session: "Session", system: str | None, options: GenerateOptions
     if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
         raise OptionError("a prompt loop needs a terminal")
     session.model.load()
+    with typed_ahead():
+        _converse(session, system, options)
+
+
+def _converse(session: "Session", system: str | None, options: GenerateOptions) -> None:
     prompt = _prompt_session()
     say(wait(session.model.submit(session.info), f"loading {session.name}").backend)
     opening = [{"role": "system", "content": system}] if system else []

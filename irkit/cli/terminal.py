@@ -83,6 +83,26 @@ def ctrl_c_raises() -> Iterator[None]:
 
 
 @contextmanager
+def typed_ahead() -> Iterator[None]:
+    """Leave what is typed in here, unseen, to whoever next reads it key by key; Ctrl-C still interrupts.
+
+    A terminal that reads by lines takes Ctrl-D for the end of one, and whoever reads keys then is not told of it.
+    """
+    try:
+        import termios
+        import tty
+    except ImportError:  # Windows, whose consoles keep each key
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin, termios.TCSANOW)  # it would throw away, unless told otherwise, what was typed before
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+@contextmanager
 def progress_bar() -> Iterator[Callable[[int, int | None, str], None]]:
     """Yields `show(done, total, what)`, in bytes: its first call puts up the bar, if stderr is a terminal."""
     bar: Progress | None = None

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 from uuid import uuid4
 
-from irkit.errors import OptionError
+from irkit.errors import IrkitError, OptionError
 
 try:
     import anywidget
@@ -117,6 +117,11 @@ def beside_cells(widget: Widget) -> None:
     """
     comm: Any = widget.comm
     comm._reply_subshell_for = lambda data, asked_for: asked_for
+
+
+def problem(error: Exception) -> str:
+    """What a page says of an error: irkit's speak for themselves, and what nobody expected comes with its kind."""
+    return str(error) if isinstance(error, IrkitError) else f"{type(error).__name__}: {error}"
 
 
 def running() -> tuple[str | None, str | None]:

@@ -12,7 +12,7 @@ import traitlets
 
 from irkit import reprs
 from irkit.engine import CacheView
-from irkit.errors import IrkitError, OptionError
+from irkit.errors import OptionError
 from irkit.observing import Asked
 from irkit.trace import size
 from irkit.widgets import base
@@ -234,8 +234,8 @@ class CacheWidget(base.View):
             try:
                 do()
                 self.problem = ""
-            except IrkitError as error:
-                self.problem = str(error)
+            except Exception as error:
+                self.problem = base.problem(error)
             finally:
                 self.busy = False
 

@@ -284,10 +284,8 @@ class Chat(base.View):
             self.send({"kind": "begun", "turn": turn.id})  # from this thread: the page sees if that works
             self._ask(turn)
             self._watch(live)
-        except IrkitError as error:
-            turn.problem = str(error)
         except Exception as error:
-            turn.problem = f"{type(error).__name__}: {error}"
+            turn.problem = base.problem(error)
         with self._lock:
             self._live = None
             self._draw()
@@ -393,10 +391,8 @@ class Chat(base.View):
         def job() -> None:
             try:
                 do(message)
-            except IrkitError as error:
-                self._problem(str(error), message)
             except Exception as error:
-                self._problem(f"{type(error).__name__}: {error}", message)
+                self._problem(base.problem(error), message)
 
         try:
             self._work.submit(job)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import traitlets
 
-from irkit.errors import IrkitError, OptionError
+from irkit.errors import OptionError
 from irkit.widgets import base
 from irkit.widgets.choosing import choose
 
@@ -99,8 +99,8 @@ class LensView(base.View):
     def _try(self, token: str | int) -> None:
         try:
             self.follow(token)
-        except IrkitError as error:
-            self.problem = str(error)
+        except Exception as error:
+            self.problem = base.problem(error)
 
     def twin(self) -> str:
         """The lens as a table without script, coloured by probability: the last positions, the last layer above."""

@@ -16,7 +16,7 @@ from irkit import reprs
 from irkit.analysis.steering import SteeringVector, steering_vector
 from irkit.edits import Edit, scale, steer
 from irkit.engine import CacheView
-from irkit.errors import IrkitError, OptionError
+from irkit.errors import OptionError
 from irkit.observing import ASKED_BY, Asker
 from irkit.options import GenerateOptions, parse
 from irkit.widgets import base, controls
@@ -219,8 +219,8 @@ class SteeringPanel(base.View):
             found = steering_vector(self._session, *sides, layer=int(message.get("layer", 0)))
             self.add(str(message.get("name")) or sides[0][0][:24], found, strength=1.0)
             self.problem = ""
-        except IrkitError as error:
-            self.problem = str(error)
+        except Exception as error:
+            self.problem = base.problem(error)
             return
         if self.live:
             self.answer()
@@ -241,10 +241,8 @@ class SteeringPanel(base.View):
                     self.unedited, self.edited = pair
                     self.problem = ""
             self._follow(run, stop, pair)
-        except IrkitError as error:
-            self.problem = str(error)
         except Exception as error:
-            self.problem = f"{type(error).__name__}: {error}"
+            self.problem = base.problem(error)
         with self._lock:
             if run == self._run:
                 self.running = False

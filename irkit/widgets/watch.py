@@ -16,7 +16,7 @@ import traitlets
 from ipywidgets import VBox, Widget
 
 from irkit import notebook, reprs
-from irkit.errors import IrkitError, OptionError
+from irkit.errors import OptionError
 from irkit.observing import Asked
 from irkit.results import Generation, Token
 from irkit.widgets import answer, base
@@ -164,9 +164,10 @@ class WatchView(base.View):
                     if not going_on:
                         self._pump = None
                 time.sleep(PERIOD)
-        except BaseException:
+        except Exception as error:
             self._pump = None  # the next answer has another
-            raise
+            self.problem = base.problem(error)
+            return
         self.refresh_twin()
 
     def _forget(self) -> None:
@@ -222,8 +223,8 @@ class WatchView(base.View):
         try:
             self.look_into(id, position)
             self.problem = ""
-        except IrkitError as error:
-            self.problem = str(error)
+        except Exception as error:
+            self.problem = base.problem(error)
 
     def twin(self) -> str:
         """The last answers as a table without script."""

@@ -37,8 +37,8 @@ def start(code: str, *words: object, devices: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def result(process: subprocess.Popen[str]) -> Any:
-    said, error = process.communicate(timeout=240)
+def result(process: subprocess.Popen[str], seconds: float = 240) -> Any:
+    said, error = process.communicate(timeout=seconds)
     assert process.returncode == 0, error
     return json.loads(said.splitlines()[-1])
 
@@ -60,7 +60,8 @@ for index, size in enumerate(sizes):
         found[size] = seen = {"kernels": session.info().kernels}
         runtime = session.model.load().result()
         shards = lambda array: array.addressable_shards[0].data.shape
-        seen["block"] = {name: shards(value) for name, value in runtime.params["blocks"][1].items()}
+        block = runtime.params["blocks"][1]
+        seen["block"] = {name: shards(value) for name, value in block.items() if value is not None}
         seen["embed"] = shards(runtime.params["embed"])
         tracer = next(program.result() for key, program in runtime._programs.items() if key[0].__name__ == "trace")
         seen["gathered"] = re.findall(r"\\S+ = (\\S+) all-gather", tracer.as_text())
@@ -93,9 +94,13 @@ def answers(session: irkit.Session) -> list[str]:
 
 
 def apart(session: irkit.Session, kept: Path) -> float:
-    """The largest difference of a trace, and of its logits, from one on several devices."""
+    """The largest difference of a trace, and of its logits, from one on several devices; of large numbers, as a part.
+
+    In the default model, one dimension of the first position has tens of thousands.
+    """
     one, other = session.trace(TEXT, names=("pattern", "resid_post")), irkit.load_trace(kept)
-    return max(np.abs(one.logits - other.logits).max(), *(np.abs(one[name] - other[name]).max() for name in one))
+    pairs = [(one.logits, other.logits), *((one[name], other[name]) for name in one)]
+    return max((np.abs(a - b) / np.maximum(np.abs(a), 1)).max() for a, b in pairs)
 
 
 def test_eight_devices_say_what_one_says(wide_path, alone, tmp_path):
@@ -155,8 +160,9 @@ def test_two_processes_say_what_one_says(wide_path, alone):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_default_model_on_three_devices(model_path, exact_session, tmp_path):
-    found = result(start(ON_SEVERAL, model_path, TEXT, tmp_path, [3], devices=3))
+    found = result(start(ON_SEVERAL, model_path, TEXT, tmp_path, [3], devices=3), seconds=600)
     assert found["3"]["texts"] == answers(exact_session)
     assert found["3"]["keys"] == [1, 1, 512, 64]
     assert apart(exact_session, tmp_path / "3.safetensors") < 1e-3

@@ -116,6 +116,7 @@ def test_logprobs_of_each_token(client, path):
         ({"template": "{% if %}"}, "template cannot be read"),
         ({"context": [1, -5]}, "token id -5 is outside the vocabulary"),
         ({"shift": True}, '"shift" is not supported'),
+        ({"truncate": True}, '"truncate" is not supported'),
         ({"images": ["aGk="]}, '"images" is not supported'),
         ({"model": "../../etc/passwd"}, "cannot be a model's name"),
         ({"model": ""}, "cannot be a model's name"),
@@ -218,6 +219,32 @@ def test_embed(client):
     short = client.post("/api/embed", json={"model": "smollm2", "input": "a cat", "dimensions": 16}).json()
     (vector,) = short["embeddings"]
     assert vector == pytest.approx([x / math.sqrt(sum(y * y for y in first[:16])) for x in first[:16]], abs=1e-5)
+
+
+def test_a_chat_that_does_not_fit_is_cut_by_turns_where_that_is_asked_for(client):
+    system = {"role": "system", "content": "You are terse."}
+    turns = [
+        [{"role": "user", "content": f"{number} {'word ' * 20}"}, {"role": "assistant", "content": "ok " * 20}]
+        for number in range(6)
+    ]
+    last = {"role": "user", "content": "Name three colours."}
+
+    def chat(messages: list[Any], size: int, **more: Any) -> httpx.Response:
+        options = ASK["options"] | {"num_ctx": size}
+        return client.post("/api/chat", json=ASK | {"messages": messages, "options": options, "stream": False} | more)
+
+    def said(*kept: list[Any]) -> list[Any]:
+        return [system, *(message for turn in kept for message in turn), last]
+
+    lengths = [chat(said(*turns[6 - n :]), 512).json()["prompt_eval_count"] for n in range(7)]
+    for size, n in ((lengths[6] + 1, 6), (lengths[6], 5), (lengths[2] + 1, 2), (lengths[2], 1), (lengths[0] + 1, 0)):
+        cut = chat(said(*turns), size, truncate=True).json()
+        assert cut["prompt_eval_count"] == lengths[n]
+        assert cut["message"] == chat(said(*turns[6 - n :]), size).json()["message"]
+    for size, more in ((lengths[6], {}), (lengths[6], {"truncate": False}), (lengths[0], {"truncate": True})):
+        reply = chat(said(*turns), size, **more)
+        assert reply.status_code == 400
+        assert f"the context holds {size}" in reply.json()["error"]
 
 
 def test_what_embed_cannot_do(client):

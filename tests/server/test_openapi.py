@@ -59,7 +59,7 @@ def aimed(case: Case) -> None:
 
 def answers(case: Case) -> None:
     aimed(case)
-    reply = case.call()
+    reply = case.call(timeout=300)  # to open a model and compile its programs takes a while
     assert reply.status_code < 500 or reply.status_code in (501, 502, 503), (reply.status_code, reply.text[:300])
     if reply.status_code >= 400:
         error = reply.json()["error"]

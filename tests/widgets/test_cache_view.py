@@ -134,7 +134,7 @@ def test_an_empty_cache_and_one_alone(tiny: irkit.Session) -> None:
         each.close()
 
 
-def test_what_cannot_be_is_said(shown: CacheWidget, tiny: irkit.Session) -> None:
+def test_what_cannot_be_is_said(shown: CacheWidget, tiny: irkit.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="there is no 'laier' to choose"):
         view.cache(tiny, laier=1)
     with pytest.raises(OptionError, match="layer: there is no 2"):
@@ -145,6 +145,9 @@ def test_what_cannot_be_is_said(shown: CacheWidget, tiny: irkit.Session) -> None
         shown.put_back(7)
     press(shown, kind="drop", first=40, last=50)
     assert "positions: there is no 40" in shown.problem
+    monkeypatch.setattr(shown, "put_back", lambda number: {}[number])
+    press(shown, kind="put_back", number=3)
+    assert shown.problem == "KeyError: 3"
 
 
 def test_the_twin_is_html_without_script(session: irkit.Session) -> None:

@@ -68,6 +68,9 @@ def test_the_page_asks_to_follow(lens: LogitLens) -> None:
     shown._handle_custom_msg({"kind": "follow", "token": "xy"}, [])
     until(lambda: "'xy' is 2 tokens" in shown.problem)
     assert shown.followed == lens.strings[0][0][1]
+    shown._handle_custom_msg({"kind": "follow", "token": 1 << 70}, [])
+    until(lambda: "'xy'" not in shown.problem)
+    assert shown.followed == lens.strings[0][0][1]
 
 
 def test_what_cannot_be_chosen(lens: LogitLens) -> None:

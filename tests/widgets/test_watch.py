@@ -142,3 +142,20 @@ def test_requests_are_seen_with_who_asked(session: irkit.Session) -> None:
     until(lambda: view.problem)
     assert "there is no token 99" in view.problem
     view.close()
+
+
+def test_what_nobody_expected_is_shown(tiny: irkit.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = tiny.watch()
+    tiny.generate("hello", num_predict=2, logit_bias={257: -1e4}).wait()
+    until(lambda: idle(view))
+    monkeypatch.setattr(view._inspector, "show", lambda *_: 1 // 0)
+    view._handle_custom_msg({"kind": "open", "id": 1, "position": 1}, [])
+    until(lambda: view.problem == "ZeroDivisionError: integer division or modulo by zero")
+    monkeypatch.undo()
+    view._handle_custom_msg({"kind": "open", "id": 1, "position": 1}, [])
+    until(lambda: view._inspector.box.children and not view.problem)
+    monkeypatch.setattr(watch, "_row", lambda _: {}["id"])
+    tiny.generate("hello", num_predict=2).wait()
+    until(lambda: view.problem == "KeyError: 'id'")
+    assert idle(view)
+    view.close()

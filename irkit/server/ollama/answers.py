@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 
 from irkit import hub
 from irkit.as_json import as_json
-from irkit.errors import IrkitError, OptionError
+from irkit.errors import ContextFullError, IrkitError, OptionError
 from irkit.options import EmbedOptions
 from irkit.results import Generation
 from irkit.server.captures import bounded, sent
@@ -59,7 +60,7 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
     async def chat(request: Request) -> Response:
         """Answer a conversation."""
         asked = await read(request, ChatRequest)
-        refuse(asked, "truncate", "shift")
+        refuse(asked, "shift")
         messages = [_message(message) for message in asked.messages]
         return await answer(request, asked, partial(_responded, asked, messages) if messages else None, _as_message)
 
@@ -160,8 +161,33 @@ def _responded(
     if asked.tools and not session.template.calls_tools:
         raise OptionError(f"model '{asked.named}' does not support tools")
     think = _thinks(asked)
+    if asked.truncate:
+        messages = _fitting(messages, session, asked.tools or None, think)
     generation = session.respond(messages, asked.tools or None, think=think, **options)
     return generation, session.template.reader(asked.tools, think)
+
+
+def _fitting(
+    messages: Sequence[Mapping[str, Any]], session: Session, tools: Any, think: bool | None
+) -> Sequence[Mapping[str, Any]]:
+    """The messages without the oldest turns, as few as can be, where all do not fit the context.
+
+    A turn goes from what the user says to what the user says next. The last one stays, as does what the system says.
+    """
+    turns = [at for at, message in enumerate(messages) if message.get("role") == "user"]
+
+    def since(at: int) -> Sequence[Mapping[str, Any]]:
+        return [*(message for message in messages[:at] if message.get("role") == "system"), *messages[at:]]
+
+    def fits(at: int) -> bool:
+        try:
+            return len(session._laid_out(since(at), tools, think)[1]) < session.n_ctx
+        except ContextFullError:
+            return False
+
+    if not turns or fits(0):
+        return messages
+    return since(turns[bisect_left(turns[:-1], True, key=fits)])
 
 
 def _thinks(asked: AnswerRequest) -> bool | None:

@@ -82,7 +82,8 @@ class AnswerRequest(_ComputeRequest):
     """Report the log-probability of each token."""
     top_logprobs: Any = Field(None, json_schema_extra=_properties(GenerateOptions)["top_logprobs"])
     truncate: bool = False
-    """Not supported: a prompt that does not fit the context is an error."""
+    """Leave out the oldest turns of a conversation that does not fit the context; else, and for `generate`, it is an
+    error."""
     shift: bool = False
     """Not supported: an answer ends where the context is full."""
     capture: Captures = None
