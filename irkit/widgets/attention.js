@@ -47,7 +47,7 @@ function render({ model, el }) {
     choice(model, "sort", "Sort by", sorts),
     choice(model, "direction", "A token", { reads: "reads (query → key)", read_by: "is read by (key → query)" }),
     tick(model, "mask_first", "Hide the first"),
-    choice(model, "colours", "Colours", { viridis: "viridis", cividis: "cividis" }),
+    choice(model, "colours", "", { viridis: "viridis", cividis: "cividis" }),
   );
   const strip = make("div", { className: "irkit-scroll" }, grid);
   const legend = make("div", { className: "irkit-legend irkit-note" }, "0", scale, high);

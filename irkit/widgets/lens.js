@@ -40,7 +40,7 @@ function render({ model, el }) {
       { className: "irkit-bar" },
       make("span", { className: "irkit-title" }, `Logit lens · ${nLayers} layers · ${nPositions} positions`),
       choice(model, "shown", "Colour by", { probability: "probability", kl: "KL from the last layer", rank: "rank of the followed token" }),
-      choice(model, "colours", "Colours", { viridis: "viridis", cividis: "cividis" }),
+      choice(model, "colours", "", { viridis: "viridis", cividis: "cividis" }),
       make("span", { className: "irkit-legend" }, ends[0], scale, ends[1]),
     ),
     scroll,
