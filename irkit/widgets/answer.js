@@ -1,12 +1,13 @@
 // An answer: Markdown that grows at its end, or, when its tokens are to be seen, one element a token.
 // The HTML comes from irkit.widgets.markdown, which lets no HTML of the model through; all else is set as text.
 
-/** The share of full colour for a token: of `surprise` and `entropy` in nats, full where there is little left to know. */
+/** Nats of surprise, or of entropy, from which on a token has its full colour, and that; it grows with the square root. */
 const HEAT = { probability: [8, "240,140,30"], entropy: [6, "110,120,255"] };
+const FULL = 0.55; // how much of it covers the ground, so that the text on it can be read in either theme
 
 function heat(colour, value) {
   const [full, rgb] = HEAT[colour];
-  return Number.isFinite(value) ? `rgba(${rgb},${(0.6 * Math.min(Math.max(value / full, 0), 1)).toFixed(3)})` : "";
+  return Number.isFinite(value) ? `rgba(${rgb},${(FULL * Math.sqrt(Math.min(Math.max(value / full, 0), 1))).toFixed(3)})` : "";
 }
 
 /** A probability in percent, with as many digits as say something. */
@@ -33,6 +34,7 @@ function answerBody() {
   const element = make("div", { className: "irkit-md" }, closed, open);
   const list = make("div", { className: "irkit-tokens", hidden: true, role: "group", "aria-label": "Tokens; arrow keys move, Enter opens one" });
   const tokens = [];
+  const spans = []; // their elements, a block of them a line of the text: a new one lays out the last block alone
   let colour = "none";
   let entropies = null;
   let here = -1;
@@ -54,6 +56,7 @@ function answerBody() {
     element,
     list,
     tokens,
+    spans,
     get entropies() {
       return entropies;
     },
@@ -71,14 +74,18 @@ function answerBody() {
     take(first, fresh, values = null) {
       if (first > tokens.length) return false;
       tokens.length = first;
-      while (list.childElementCount > first) list.lastChild.remove();
-      const added = document.createDocumentFragment();
+      spans.splice(first).forEach((gone) => gone.remove());
+      for (const block of [...list.children].reverse()) {
+        if (block.childElementCount) break;
+        block.remove();
+      }
       entropies = values ?? (first ? entropies : null);
       fresh.forEach((token, at) => {
         tokens.push(token);
-        added.append(span(token, first + at));
+        spans.push(span(token, first + at));
+        if (!list.lastChild || tokens.at(-2)?.text.endsWith("\n")) list.append(make("div"));
+        list.lastChild.append(spans.at(-1));
       });
-      list.append(added);
       return true;
     },
     /** Shows the text, or its tokens coloured. */
@@ -88,14 +95,14 @@ function answerBody() {
       const seen = how !== "none" && tokens.length > 0;
       list.hidden = !seen;
       element.hidden = seen;
-      if (seen && other) [...list.children].forEach(paint);
+      if (seen && other) spans.forEach(paint);
     },
     /** Marks one token, or none, and lets the Tab key come to it, or to the first. */
     mark(index, focus = false) {
-      list.children[here]?.classList.remove("irkit-here");
-      list.children[Math.max(here, 0)]?.removeAttribute("tabindex");
+      spans[here]?.classList.remove("irkit-here");
+      spans[Math.max(here, 0)]?.removeAttribute("tabindex");
       here = index;
-      const span = list.children[Math.max(here, 0)];
+      const span = spans[Math.max(here, 0)];
       if (!span) return;
       span.tabIndex = 0;
       span.classList.toggle("irkit-here", here >= 0);

@@ -17,6 +17,7 @@ function render({ model, el }) {
     starts.push(length);
     length += query + 1;
   }
+  const flat = queries.length === 1; // one row: its map goes over the whole width
   const full = new Map(); // "layer head" -> Float32Array, the last used at its end
   const asked = new Set();
   let pointed = null; // [row, key] under the pointer in the map, or null
@@ -46,12 +47,12 @@ function render({ model, el }) {
     choice(model, "sort", "Sort by", sorts),
     choice(model, "direction", "A token", { reads: "reads (query → key)", read_by: "is read by (key → query)" }),
     tick(model, "mask_first", "Hide the first"),
-    choice(model, "colours", "Colours", { viridis: "viridis", cividis: "cividis" }),
+    choice(model, "colours", "", { viridis: "viridis", cividis: "cividis" }),
   );
   const strip = make("div", { className: "irkit-scroll" }, grid);
   const legend = make("div", { className: "irkit-legend irkit-note" }, "0", scale, high);
   const side = make("div", { className: "irkit-side" }, title, facts, table, text, status);
-  view.append(bar, strip, make("div", { className: "irkit-columns" }, make("div", {}, map, legend), side));
+  view.append(bar, strip, make("div", { className: "irkit-columns" }, make("div", { className: flat ? "irkit-across" : "" }, map, legend), side));
   const tip = tooltip(view);
   const spans = tokens.map((token, index) => make("span", { onclick: () => lock(index), onpointerenter: () => hoverText(index) }, token));
   text.append(...spans);
@@ -201,21 +202,24 @@ function render({ model, el }) {
     picture.most = most;
     high.textContent = `${most.toPrecision(3)} · the colour grows with the square root of the weight`;
   }
+  const letters = tokens.map((token) => tokenLabel(token, 12).length);
+  const [longest, longestQuery] = [Math.max(...letters), Math.max(...queries.map((query) => letters[query]))];
   /** Where the map's cells are: the labels take their room where cells are large enough to have one each. */
-  const named = nKeys <= 40;
-  const longest = named ? Math.max(...tokens.map((token) => tokenLabel(token, 12).length)) : 0;
-  const left = named ? 14 + 7 * longest : 34;
-  const top = named ? 12 + 5.5 * longest : 20;
   function frame() {
-    const room = Math.max(160, Math.min(MAP, view.clientWidth - 32) - left);
+    const all = Math.max(200, flat ? view.clientWidth - 32 : Math.min(MAP, view.clientWidth - 32));
+    const beside = 14 + 7 * longestQuery;
+    const beyond = 3.5 * letters.at(-1); // what the last label, slanted, takes behind its cell
+    const named = flat ? (all - beside - beyond) / nKeys >= 12 : nKeys <= 40;
+    const [left, top] = named ? [beside, 12 + 5.5 * longest] : [34, 20];
+    const room = all - left - (flat && named ? beyond : 2);
     const across = named ? Math.min(26, Math.floor(room / nKeys)) : room / nKeys;
     const down = queries.length === nKeys ? across : Math.min(26, room / queries.length);
-    return { across, down, width: across * nKeys, height: down * queries.length };
+    return { named, left, top, across, down, width: across * nKeys, height: down * queries.length, beyond: named ? beyond : 2 };
   }
   function drawMap() {
     const { ink, faint, accent, font, line } = theme(view);
-    const { across, down, width, height } = frame();
-    const context = sheet(map, left + width + 2, top + height + 2);
+    const { named, left, top, across, down, width, height, beyond } = frame();
+    const context = sheet(map, left + width + beyond, top + height + 2);
     const found = data();
     context.font = `11px ${font}`;
     const [row, key] = focus();
@@ -321,7 +325,7 @@ function render({ model, el }) {
     redrawHead();
   }
   function underMap(event) {
-    const { across, down } = frame();
+    const { left, top, across, down } = frame();
     const box = map.getBoundingClientRect();
     const key = Math.floor((event.clientX - box.left - left) / across);
     const row = Math.floor((event.clientY - box.top - top) / down);

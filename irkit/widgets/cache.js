@@ -110,7 +110,7 @@ function render({ model, el }) {
     const n = count();
     const room = scroll.clientWidth - SPACE[0] - 4;
     if (room <= 0) return;
-    wide = Math.max(3, Math.min(18, Math.floor(room / Math.max(n, 1))));
+    wide = Math.max(3, Math.min(28, Math.floor(room / Math.max(n, 1))));
     const width = Math.min(scroll.clientWidth, SPACE[0] + n * wide + 3);
     spacer.style.width = `${SPACE[0] + n * wide + 3}px`;
     const tall = layerTall();

@@ -98,9 +98,10 @@ function render({ model, el }) {
   function action(text, title, act, more = {}) {
     return make("button", { className: "irkit-act", title, "aria-label": title, onclick: act, ...more }, text);
   }
-  function draw(turn) {
+  /** A message's elements; an answer that was drawn before keeps its body, with as many elements as it has tokens. */
+  function draw(turn, before = null) {
     const mine = turn.role !== "assistant";
-    const body = mine ? null : answerBody();
+    const body = mine ? null : (before ?? answerBody());
     const extra = make("div", { className: "irkit-pinned", hidden: true });
     const facts = make("span", { className: "irkit-facts" }, turn.facts);
     const actions = make("div", { className: "irkit-actions" });
@@ -122,7 +123,8 @@ function render({ model, el }) {
       body.whole(turn.html);
       article.append(body.element, body.list, extra, make("div", { className: "irkit-foot" }, facts, actions));
       if (turn.problem) article.insertBefore(make("div", { className: "irkit-problem" }, turn.problem), extra);
-      listen(turn.id, body);
+      if (!before) listen(turn.id, body);
+      body.asked = "";
     }
     return { article, body, extra, facts, actions };
   }
@@ -138,12 +140,8 @@ function render({ model, el }) {
       const drawn = JSON.stringify(turn);
       let held = bodies.get(turn.id);
       if (held?.drawn !== drawn) {
-        const made = { ...draw(turn), drawn };
-        if (held) {
-          const known = held.body?.tokens ?? [];
-          if (made.body && known.length) made.body.take(0, [...known], held.body.entropies);
-          held.article.replaceWith(made.article);
-        }
+        const made = { ...draw(turn, held?.body), drawn };
+        held?.article.replaceWith(made.article);
         bodies.set(turn.id, (held = made));
       }
       if (before.nextSibling !== held.article) before.after(held.article);
@@ -196,7 +194,7 @@ function render({ model, el }) {
     const rgb = HEAT[get("colour")]?.[1];
     legend.hidden = !rgb;
     const scale = make("i");
-    scale.style.background = `linear-gradient(to right, rgba(${rgb},.04), rgba(${rgb},.6))`;
+    scale.style.background = `linear-gradient(to right, rgba(${rgb},0), rgba(${rgb},${FULL}))`;
     legend.replaceChildren(...(get("colour") === "probability" ? ["expected", scale, "a surprise"] : ["decided", scale, "undecided"]));
   }
   function listen(id, body) {
@@ -244,7 +242,7 @@ function render({ model, el }) {
     );
     if (asks) {
       // Into sight, but no further than the token stays there.
-      const [box, token] = [held.extra, held.body.list.children[position]].map((each) => each.getBoundingClientRect());
+      const [box, token] = [held.extra, held.body.spans[position]].map((each) => each.getBoundingClientRect());
       const frame = log.getBoundingClientRect();
       log.scrollTop += Math.max(0, Math.min(box.bottom - frame.bottom + 8, token.top - frame.top - 8));
       say("computing the step …");

@@ -50,9 +50,10 @@ function root(model, el, name, label) {
   return made;
 }
 
-/** A labelled drop-down that follows a trait of the model, and sets it to what `read` makes of a value. */
+/** A drop-down that follows a trait of the model, and sets it to what `read` makes of a value; without a label to be seen it has the trait's name. */
 function choice(model, trait, label, options, read = String) {
   const select = make("select", {
+    ...(label ? {} : { "aria-label": trait }),
     onchange: () => {
       model.set(trait, read(select.value));
       model.save_changes();

@@ -1,11 +1,12 @@
 // The logit lens: layers up, positions across, the likeliest next token in each cell; one token followed through all.
 // One canvas as wide as the page shows the columns in sight.
 
-const WIDE = 74; // pixels of a cell
+const NARROW = 74; // pixels of a cell, at least; wider where there is room
+const BROAD = 118;
 const TALL = 19;
 const LEFT = 48; // room of the layers' names
 const TOP = 22; // and of the text's tokens
-const CHART = [300, 150];
+const CHART = [420, 150];
 
 function render({ model, el }) {
   const { layers, positions, tokens, k, words } = model.get("info");
@@ -16,6 +17,7 @@ function render({ model, el }) {
   const farthest = Math.max(...kl, 1e-6);
   let pointed = null; // [row, column] under the pointer, or null
   let shades;
+  let wide = NARROW; // pixels of a cell
 
   const view = root(model, el, "lens", "Logit lens");
   const canvas = make("canvas", { tabIndex: 0, role: "img", "aria-label": "Layers and positions; arrow keys choose" });
@@ -38,7 +40,7 @@ function render({ model, el }) {
       { className: "irkit-bar" },
       make("span", { className: "irkit-title" }, `Logit lens · ${nLayers} layers · ${nPositions} positions`),
       choice(model, "shown", "Colour by", { probability: "probability", kl: "KL from the last layer", rank: "rank of the followed token" }),
-      choice(model, "colours", "Colours", { viridis: "viridis", cividis: "cividis" }),
+      choice(model, "colours", "", { viridis: "viridis", cividis: "cividis" }),
       make("span", { className: "irkit-legend" }, ends[0], scale, ends[1]),
     ),
     scroll,
@@ -70,10 +72,12 @@ function render({ model, el }) {
   function drawGrid() {
     const { ink, faint, accent, font, line } = theme(view);
     shades = colourMap(get("colours"));
-    const width = Math.min(scroll.clientWidth, LEFT + nPositions * WIDE + 2);
-    if (width <= LEFT) return;
+    if (scroll.clientWidth <= LEFT) return;
+    wide = Math.min(BROAD, Math.max(NARROW, Math.floor((scroll.clientWidth - LEFT - 2) / nPositions)));
+    const width = Math.min(scroll.clientWidth, LEFT + nPositions * wide + 2);
+    const letters = Math.floor((wide - 8) / 7);
     const context = sheet(canvas, width, TOP + nLayers * TALL + 2);
-    spacer.style.width = `${LEFT + nPositions * WIDE + 2}px`;
+    spacer.style.width = `${LEFT + nPositions * wide + 2}px`;
     const offset = scroll.scrollLeft;
     const its = ranks();
     const worst = its.reduce((a, b) => Math.max(a, b), 1);
@@ -82,32 +86,32 @@ function render({ model, el }) {
     context.beginPath();
     context.rect(LEFT, 0, width - LEFT, TOP + nLayers * TALL + 2);
     context.clip();
-    const from = Math.floor(offset / WIDE);
-    const to = Math.min(nPositions, Math.ceil((offset + width - LEFT) / WIDE));
+    const from = Math.floor(offset / wide);
+    const to = Math.min(nPositions, Math.ceil((offset + width - LEFT) / wide));
     const [row, column] = place();
     for (let at = from; at < to; at++) {
-      const x = LEFT + at * WIDE - offset;
+      const x = LEFT + at * wide - offset;
       context.font = `${at === column ? "bold " : ""}11px ${font}`;
       context.fillStyle = at === column ? accent : faint;
-      context.fillText(tokenLabel(tokens[at], 10), x + 4, TOP / 2);
+      context.fillText(tokenLabel(tokens[at], letters + 1), x + 4, TOP / 2);
       context.font = `11px ${font}`;
       for (let layer = 0; layer < nLayers; layer++) {
         const cell = layer * nPositions + at;
         const colour = shades[how(cell, its, worst)];
         const y = TOP + (nLayers - 1 - layer) * TALL;
         context.fillStyle = css(colour);
-        context.fillRect(x, y, WIDE - 1, TALL - 1);
+        context.fillRect(x, y, wide - 1, TALL - 1);
         context.fillStyle = inkOn(colour);
-        context.fillText(tokenLabel(word(ids[cell * k]), 9), x + 4, y + TALL / 2);
+        context.fillText(tokenLabel(word(ids[cell * k]), letters), x + 4, y + TALL / 2);
         if (word(ids[cell * k]) === get("followed")) {
           context.strokeStyle = inkOn(colour);
-          context.strokeRect(x + 1.5, y + 1.5, WIDE - 4, TALL - 4);
+          context.strokeRect(x + 1.5, y + 1.5, wide - 4, TALL - 4);
         }
       }
     }
     context.strokeStyle = ink;
     context.lineWidth = 2;
-    context.strokeRect(LEFT + column * WIDE - offset - 0.5, TOP + (nLayers - 1 - row) * TALL - 0.5, WIDE, TALL);
+    context.strokeRect(LEFT + column * wide - offset - 0.5, TOP + (nLayers - 1 - row) * TALL - 0.5, wide, TALL);
     context.restore();
     context.textAlign = "right";
     layers.forEach((name, layer) => {
@@ -197,7 +201,7 @@ function render({ model, el }) {
   });
   function under(event) {
     const box = canvas.getBoundingClientRect();
-    const column = Math.floor((event.clientX - box.left - LEFT + scroll.scrollLeft) / WIDE);
+    const column = Math.floor((event.clientX - box.left - LEFT + scroll.scrollLeft) / wide);
     const row = nLayers - 1 - Math.floor((event.clientY - box.top - TOP) / TALL);
     const inside = event.clientX - box.left >= LEFT && column < nPositions && row >= 0 && row < nLayers;
     return inside ? [row, column] : null;
@@ -249,8 +253,8 @@ function render({ model, el }) {
   });
   /** Scroll until the chosen position is in sight. */
   function reveal() {
-    const x = place()[1] * WIDE;
-    const room = scroll.clientWidth - LEFT - WIDE;
+    const x = place()[1] * wide;
+    const room = scroll.clientWidth - LEFT - wide;
     scroll.scrollLeft = Math.min(Math.max(scroll.scrollLeft, x - room), x);
   }
   scroll.addEventListener("scroll", redraw);

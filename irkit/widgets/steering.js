@@ -154,7 +154,7 @@ function render({ model, el }) {
   function drawGrid() {
     const room = strip.clientWidth - LABELS - 4;
     if (room <= 0) return;
-    size = Math.max(11, Math.min(20, Math.floor(room / nLayers)));
+    size = Math.max(11, Math.min(24, Math.floor(room / nLayers)));
     const { faint, accent, font, line, ink } = theme(view);
     const context = sheet(grid, LABELS + nLayers * size + 3, rowY(rows.length - 1) + size + 3);
     context.font = `10px ${font}`;
@@ -325,7 +325,7 @@ function render({ model, el }) {
     const most = Math.max(...listed.map(([, row]) => Math.max(row[1] ?? 0, row[2] ?? 0)), EPS);
     const share = (value, side) => (value !== null ? `${(100 * value).toFixed(value < 0.001 ? 3 : 1)} %` : both[side] ? "less" : "–");
     const before = (sides[0].length > index ? sides[0] : sides[1]).slice(Math.max(0, index - 6), index).map((token) => token[0]).join("");
-    const caption = alike ? `The next token after “…${before}”` : `Token ${index + 1} of each, after what it said itself`;
+    const caption = alike ? (index ? `The next token after “…${before}”` : "The first token") : `Token ${index + 1} of each, after what it said itself`;
     table.replaceChildren(
       make("caption", {}, `${caption}`),
       make("tr", {}, ...["token", "unedited", "", "", "edited", "", "", "points"].map((head) => make("th", { scope: "col" }, head))),

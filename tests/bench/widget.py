@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "browser"))
 from driving import Kernel, Notebook, jupyter, launched  # pyright: ignore[reportMissingImports]
+from playwright.sync_api import CDPSession
 
 STORY = "Tell me a very long story about a ship."
 WATCH = """() => {
@@ -85,13 +86,22 @@ def stop(notebook: Notebook, kernel: Kernel, rounds: int) -> None:
     print(f"Stop, from the click to the end of the computation: median {median:.0f} ms, worst {max(took):.0f} ms")
 
 
+def busy(session: CDPSession) -> dict[str, float]:
+    """Seconds of processor time that the page's thread has spent, by kind: what else the machine does is not in it."""
+    return {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}
+
+
 def smoothness(notebook: Notebook, kernel: Kernel, tokens: int, colour: str) -> None:
     """Frames and long tasks of the page while an answer is made."""
     kernel.run(f"c.controls.set(num_predict={tokens}); c.colour = {colour!r}; c.new()")
     notebook.page.evaluate(WATCH)
+    session = notebook.page.context.new_cdp_session(notebook.page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    begun = busy(session)
     kernel.run(f"c.ask({STORY!r})")
     wait(kernel)
     notebook.page.wait_for_timeout(1000)
+    took = {name: seconds - begun[name] for name, seconds in busy(session).items()}
     tasks, frames = notebook.page.evaluate(REPORT)
     made = kernel.ask("len(answers[-1].tokens)")
     nodes = notebook.page.locator(".irkit-chat *").count()
@@ -99,7 +109,10 @@ def smoothness(notebook: Notebook, kernel: Kernel, tokens: int, colour: str) -> 
     quantile = {part: ordered[int(part * (len(ordered) - 1))] for part in (0.5, 0.99, 1.0)}
     print(f"an answer of {made} tokens, tokens {'coloured' if colour != 'none' else 'as text'}: {nodes} elements;")
     print(f"  frames: median {quantile[0.5]:.0f} ms, 99 % {quantile[0.99]:.0f}, longest {quantile[1.0]:.0f};", end=" ")
-    print(f"tasks over 50 ms: {len(tasks)}, longest {max(tasks, default=0):.0f} ms")
+    print(f"tasks over 50 ms: {len(tasks)}, longest {max(tasks, default=0):.0f} ms;")
+    parts = {"all": "Task", "script": "Script", "layout": "Layout", "style": "RecalcStyle"}
+    told = ", ".join(f"{name} {1000 * took[part + 'Duration'] / made:.2f}" for name, part in parts.items())
+    print(f"  processor time of the page's thread, in ms for each token: {told}")
 
 
 def main() -> None:

@@ -8,16 +8,34 @@ import tempfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from driving import REPOSITORY, SECONDS, Kernel, Notebook, jupyter, launched
-from PIL import Image
+from PIL import Image, ImageChops
 from playwright.sync_api import Locator, expect
 
 FOLDER = REPOSITORY / "docs" / "images"
 MOST_BYTES = 200_000
+WIDTH = 1180
+"""Of the page: a view is about 1000 wide in it, so that its words can still be read where a picture is shown small."""
 SCALE = 2
 """Pixels of the picture to one of the page."""
+SCALES = {"token": 1.5}
+"""Of single pictures, which are large."""
 TEXT = "The cat sat on the mat. The dog sat on the log. The cat sat on the"
+AT_SEA = [
+    "The ship sailed across the ocean waves.",
+    "Pirates of the sea sail with the tide.",
+    "Fishermen on the boat saw whales in the sea.",
+    "The captain steered the ship to the island.",
+]
+ASHORE = [
+    "The clerk walked into the office.",
+    "Students in the class read in the library.",
+    "Farmers in the field saw cows on the hill.",
+    "The driver steered the car to the town.",
+]
 
 
 def attention(notebook: Notebook, kernel: Kernel) -> Locator:
@@ -35,7 +53,7 @@ def chat(notebook: Notebook, kernel: Kernel) -> Locator:
     output = notebook.run("c = s.chat(temperature=0, num_predict=120)\nc")
     view = output.locator(".irkit-chat")
     say = view.get_by_label("Message", exact=True)
-    for text in ("What is a prime number? Answer in one sentence.", "Name five planets, as a list."):
+    for text in ("List three facts about the Moon.", "What is a prime number? Answer in one sentence."):
         say.fill(text)
         say.press("Enter")
         expect(view.locator(".irkit-stop")).to_be_visible()
@@ -64,27 +82,35 @@ def controls(notebook: Notebook, kernel: Kernel) -> Locator:
 
 def steering(notebook: Notebook, kernel: Kernel) -> Locator:
     output = notebook.run(
-        "from irkit import analysis\nglad = analysis.steering_vector(s, ['I love this.', 'What a great day!'],"
-        " ['I hate this.', 'What an awful day!'], layer=14)\n"
-        "p = s.steering({'glad': glad}, 'The food was', temperature=0, num_predict=30); p"
+        f"from irkit import analysis\nsea = analysis.steering_vector(s, {AT_SEA}, {ASHORE}, layer=10)\n"
+        "p = s.steering({'sea': sea}, 'Tell me about your day.', temperature=0, num_predict=57); p"
     )
     view = output.locator(".irkit-view")
-    kernel.run("p.as_message = False; p.vectors = [{**p.vectors[0], 'strength': 1.5}]; p.heads = [[3, 2, 0]]")
-    view.get_by_role("button", name="Answer", exact=True).click()
-    kernel.until("p.edited is not None and not p.running", seconds=5 * SECONDS)
+    kernel.run("p.vectors = [{**p.vectors[0], 'strength': 1.5}]")
+    for _ in range(2):  # the first compiles, which its speed would show
+        view.get_by_role("button", name="Answer", exact=True).click()
+        notebook.page.wait_for_timeout(1000)
+        kernel.until("p.edited is not None and not p.running", seconds=5 * SECONDS)
     return view
 
 
 def cache(notebook: Notebook, kernel: Kernel) -> Locator:
-    output = notebook.run(f"s.reset(); s.generate({TEXT!r}, temperature=0, num_predict=12).wait(); s.cache.view()")
+    kernel.run(f"s.reset(); s.generate({TEXT!r}, temperature=0, num_predict=12).wait()")
+    output = notebook.run("s.cache.view(position=17, until=17, layer=12)")
     notebook.page.wait_for_timeout(1000)
     return output.locator(".irkit-view").first
 
 
 def watch(notebook: Notebook, kernel: Kernel) -> Locator:
     output = notebook.run("w = s.watch(); w")
-    notebook.run("s.respond('Name three rivers.', temperature=0, num_predict=40).wait()")
     notebook.run("s.generate('The capital of Italy is', temperature=0, num_predict=30).wait()")
+    notebook.run(
+        "import httpx; served = s.serve(port=0)\n"
+        "ask = {'model': 'smollm2', 'temperature': 0, 'max_tokens': 60, 'logprobs': True, 'top_logprobs': 5,"
+        " 'messages': [{'role': 'user', 'content': 'What is the capital of Japan?'}]}\n"
+        "for _ in range(2): httpx.post(f'{served.url}/v1/chat/completions', json=ask, timeout=60).raise_for_status()\n"
+        "served.stop()"
+    )
     notebook.page.wait_for_timeout(1000)
     return output.locator(".irkit-view").first
 
@@ -95,15 +121,30 @@ VIEWS: dict[str, Callable[[Notebook, Kernel], Locator]] = {
 
 
 def write(shown: Locator, path: Path) -> None:
-    """A picture in 256 colours, or in fewer pixels where that is too much."""
+    """A picture in 256 colours, or in fewer where that is too much; what is empty at its right is left out."""
     picture = Image.open(BytesIO(shown.screenshot(animations="disabled"))).convert("RGB")
-    for scale in (1.0, 0.75, 0.5):
-        size = round(picture.width * scale), round(picture.height * scale)
-        small = picture.resize(size, Image.Resampling.LANCZOS) if scale < 1 else picture
-        small.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    ground = Image.new("RGB", picture.size, picture.getpixel((picture.width - 1, 0)))
+    filled = ImageChops.difference(picture, ground).getbbox() or (0, 0, *picture.size)
+    picture = picture.crop((0, 0, min(picture.width, filled[2] + 12 * SCALE), picture.height))
+    for colours in (256, 128, 96, 64):
+        fewer(picture, colours).save(path, optimize=True)
         if path.stat().st_size < MOST_BYTES:
             break
-    print(f"{path.relative_to(REPOSITORY)} {path.stat().st_size // 1000} kB, {small.width} x {small.height}")
+    print(f"{path.relative_to(REPOSITORY)} {path.stat().st_size // 1000} kB, {picture.width} x {picture.height}")
+
+
+def fewer(picture: Image.Image, count: int) -> Image.Image:
+    """The picture in so many colours: the commonest as they are, the rest so that small marks keep theirs, too."""
+    packed = np.asarray(picture, np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    seen, where, areas = np.unique(packed, return_inverse=True, return_counts=True)
+    colours = np.stack([seen >> 16, seen >> 8 & 255, seen & 255], axis=1).astype(np.uint8)
+    weighed = np.repeat(colours, np.sqrt(areas).astype(int), axis=0)
+    found = Image.fromarray(weighed[None]).quantize(count - 8, kmeans=1).getpalette() or []
+    palette = np.concatenate([colours[np.argsort(-areas)[:8]], np.reshape(found, (-1, 3)).astype(np.uint8)])
+    nearest = [np.argmin(((palette - colour.astype(float)) ** 2).sum(axis=1)) for colour in colours]
+    made = Image.fromarray(np.array(nearest, np.uint8)[where].reshape(packed.shape), "P")
+    made.putpalette(palette.tobytes())
+    return made
 
 
 def main(names: list[str]) -> None:
@@ -112,8 +153,9 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, jupyter(Path(folder) / "jupyter") as server, launched() as browser:
         kernel = server.start_kernel()
         kernel.run("import irkit; s = irkit.Session('smollm2', num_ctx=2048)")
-        with browser.new_context(viewport={"width": 1500, "height": 2000}, device_scale_factor=SCALE) as context:
-            for name in names or VIEWS:
+        for name in names or VIEWS:
+            size: Any = {"width": WIDTH, "height": 2000}
+            with browser.new_context(viewport=size, device_scale_factor=SCALES.get(name, SCALE)) as context:
                 page = context.new_page()
                 page.set_default_timeout(SECONDS * 1000)
                 expect.set_options(timeout=SECONDS * 1000)
@@ -126,9 +168,9 @@ def main(names: list[str]) -> None:
                 for theme in ("light", "dark"):
                     notebook.dark(theme == "dark")
                     page.mouse.move(0, 0)
+                    page.evaluate("document.activeElement.blur()")
                     page.wait_for_timeout(500)
                     write(view, FOLDER / f"{name}-{theme}.png")
-                page.close()
         kernel.close()
 
 
