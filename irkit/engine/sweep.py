@@ -148,7 +148,7 @@ def _groups(cells: Sequence[Cell], entries: Sequence[int], common: Common) -> It
 
 
 def _sizes(common: Common) -> tuple[int, int]:
-    """How many tokens, and how many runs, are packed together."""
+    """How many tokens, and how many runs, are packed together at most."""
     tokens = max(TOKENS, 2 * common.size)
     # Runs of short texts are often a few tokens long, where the texts differ only near their end.
     return tokens, (6 if common.size <= 64 else 2) * tokens // common.size
@@ -156,7 +156,8 @@ def _sizes(common: Common) -> tuple[int, int]:
 
 def _pack(cells: Sequence[Cell], entries: Sequence[int], common: Common) -> Packing:
     """Each run's tokens from the first patched position on, one run behind the other."""
-    tokens, runs = _sizes(common)
+    tokens, most = _sizes(common)
+    runs = min(most, max(8, 1 << (len(cells) - 1).bit_length()))
     size, length = common.size, common.length
     position, entry, source, place = (np.zeros(tokens, np.int32) for _ in range(4))
     entry[:] = -1

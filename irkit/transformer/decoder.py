@@ -31,6 +31,7 @@ where the model has none."""
 _PATTERN = "attn.hook_pattern"
 _SHOWN = frozenset(cpu.POINTS) | {_PATTERN}
 """What can be captured of a layer that one kernel computes."""
+_OF_MLP = cpu.POINTS[cpu.POINTS.index("ln2.hook_scale") :]
 
 
 def forward(
@@ -175,15 +176,17 @@ def layer(
         out = affine(z.reshape(*z.shape[:2], -1), block, "o")
     attn_out = tap("hook_attn_out", out)
     resid = tap("hook_resid_mid", resid + attn_out)
-    return resid + mlp(block, resid, config, tap), cached
+    return mlp(block, resid, config, tap), cached
 
 
 def mlp(block: Params, resid: Float[Array, "b t d"], config: Config, tap: Taps) -> Float[Array, "b t d"]:
-    """What the block's MLP adds to the stream, behind its norm."""
+    """The stream, and what the block's MLP adds to it, behind its norm."""
+    if not any(tap.wants(point) for point in _OF_MLP) and cpu.can_fuse(block, config.d_head):
+        return cpu.mlp(block, resid, eps=config.eps)
     normed = rms_norm(resid, block["ln2"], config.eps, tap, "ln2")
     gate = tap("mlp.hook_pre", affine(normed, block, "gate"))
     up = tap("mlp.hook_pre_linear", affine(normed, block, "up"))
-    return tap("hook_mlp_out", affine(tap("mlp.hook_post", silu(gate) * up), block, "down"))
+    return resid + tap("hook_mlp_out", affine(tap("mlp.hook_post", silu(gate) * up), block, "down"))
 
 
 def fused_layer(

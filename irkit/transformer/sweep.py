@@ -128,7 +128,7 @@ def patched_layer(
     resid = resid + affine(z.reshape(-1, z.shape[2] * z.shape[3])[place][None], block, "o")
     if enter == "mid":
         resid = entering(resid, entry, source)
-    return resid + mlp(block, resid, config, tap)
+    return mlp(block, resid, config, tap)
 
 
 def difference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gguf
@@ -247,6 +248,22 @@ def test_a_layer_shows_what_its_parts_compute(t: int, start: int) -> None:
     for point, value in wanted.items():
         assert values[point].shape == value.shape, point
         np.testing.assert_allclose(values[point], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=point)
+
+
+@pytest.mark.parametrize("format_name", ["F32", "Q8_0"])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_the_second_half_of_a_layer(format_name: str, rows: int) -> None:
+    parameters = block(dict.fromkeys(calls.MATRICES, format_name), biases=True)
+    resid = np.random.default_rng(rows).normal(size=(1, rows, 256)).astype(np.float32)
+    apart = Taps(named(["blocks.0.hook_mlp_out"])).layer(0)
+    expected = decoder.mlp(parameters, jnp.asarray(resid), CONFIG, apart)
+    found = jax.jit(partial(cpu.mlp, parameters, eps=CONFIG.eps))(resid)
+    np.testing.assert_allclose(
+        found, expected, rtol=0, atol=(2e-5 if format_name == "F32" else 0.02) * np.abs(expected).max()
+    )
+    np.testing.assert_allclose(
+        found - resid, apart.captures["blocks.0.hook_mlp_out"], rtol=0, atol=0.02 * np.abs(expected).max()
+    )
 
 
 def test_padding_is_left_alone() -> None:

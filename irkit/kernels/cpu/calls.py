@@ -220,11 +220,6 @@ def layer(
     widths |= {"scale": (1,), "pre": (d_mlp,), "pre_linear": (d_mlp,), "post": (d_mlp,)}
     rows = [widths.get(name.rpartition("hook_")[2].removeprefix("rot_"), (d_model,)) for name in shown]
     results += tuple(jax.ShapeDtypeStruct((b, t, *width), jnp.float32) for width in rows)
-    biases = [block[f"{name}_bias"] for name in MATRICES]
-    if any(bias is not None for bias in biases):
-        biases = [jnp.zeros(0, jnp.float32) if bias is None else bias for bias in biases]
-    else:
-        biases = []
     call = jax.ffi.ffi_call("irkit_layer", results, input_output_aliases={5: 1, 6: 2})
     resid, keys, values, _, *asked = call(
         resid,
@@ -234,10 +229,8 @@ def layer(
         *cached,
         block["ln1"],
         block["ln2"],
-        *(block[name].data for name in MATRICES),
-        *biases,
-        starts=np.array([block[name].start for name in MATRICES], np.int64),
-        forms=np.array([FORMS.index(block[name].form) for name in MATRICES], np.int64),
+        *_matrices(block, MATRICES),
+        **_places(block, MATRICES),
         shown=np.array([POINTS.index(name) for name in shown], np.int64),
         n_heads=np.int64(n_heads),
         d_mlp=np.int64(d_mlp),
@@ -245,6 +238,32 @@ def layer(
         scale=np.float32(scale),
     )
     return resid, (keys, values), dict(zip(shown, asked, strict=True))
+
+
+def mlp(block: dict[str, Any], resid: Float[Array, "b t d"], *, eps: float) -> Float[Array, "b t d"]:
+    """The second half of a block in one call: `resid`, and what its MLP adds to it."""
+    rows, d_model, d_mlp = int(np.prod(resid.shape[:-1])), resid.shape[-1], block["gate"].shape[0]
+    names = ("gate", "up", "down")
+    results = jax.ShapeDtypeStruct(resid.shape, jnp.float32), _scratch("irkit_mlp_scratch", rows, d_model, d_mlp)
+    call = jax.ffi.ffi_call("irkit_mlp", results)
+    constants = {"d_mlp": np.int64(d_mlp), "eps": np.float32(eps)}
+    return call(resid, block["ln2"], *_matrices(block, names), **_places(block, names), **constants)[0]
+
+
+def _matrices(block: dict[str, Any], names: Sequence[str]) -> list[Any]:
+    """The buffers of a block's matrices, and behind them the biases, if there are any; an empty one for none."""
+    biases = [block[f"{name}_bias"] for name in names]
+    if all(bias is None for bias in biases):
+        biases = []
+    return [*(block[name].data for name in names), *(jnp.zeros(0) if bias is None else bias for bias in biases)]
+
+
+def _places(block: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Where the matrices lie in their buffers, and how."""
+    return {
+        "starts": np.array([block[name].start for name in names], np.int64),
+        "forms": np.array([FORMS.index(block[name].form) for name in names], np.int64),
+    }
 
 
 def _scratch(function: str, *sizes: int) -> jax.ShapeDtypeStruct:

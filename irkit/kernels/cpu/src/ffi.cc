@@ -32,6 +32,27 @@ Matrix matrix(const Bytes& packed, int64_t start, int64_t form, int64_t rows, in
   return {packed.typed_data() + start, nullptr, (Form)form, rows, cols};
 }
 
+// A matrix of a layer, and the buffer that it is to be read from.
+struct Packed {
+  Matrix* to;
+  const Bytes* from;
+  int64_t rows, cols;
+};
+
+// Sets it, with its bias if there are biases and the one of this number is not empty.
+ffi::Error set_matrix(const std::string& name, const Packed& m, int64_t start, int64_t form, ffi::RemainingArgs biases,
+                      size_t number) {
+  if (!fits(*m.from, start, form, m.rows, m.cols)) return wrong(name + ": a packed matrix has another size");
+  *m.to = matrix(*m.from, start, form, m.rows, m.cols);
+  if (biases.size() == 0) return ffi::Error::Success();
+  const auto bias = biases.get<Floats>(number);
+  if (bias.has_error()) return bias.error();
+  if (bias->element_count() == 0) return ffi::Error::Success();
+  if ((int64_t)bias->element_count() != m.rows) return wrong(name + ": a bias has another size");
+  m.to->bias = bias->typed_data();
+  return ffi::Error::Success();
+}
+
 int64_t product_but_last(Dimensions dims) {
   int64_t product = 1;
   for (size_t i = 0; i + 1 < dims.size(); ++i) product *= dims[i];
@@ -143,23 +164,12 @@ ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, f
       (int64_t)cos.element_count() != rows * l.rotary || (int64_t)ln1.element_count() != d_model ||
       (int64_t)ln2.element_count() != d_model)
     return wrong("layer: the rotation or the norms have another size");
-  struct {
-    Matrix* to;
-    const Bytes* from;
-    int64_t rows, cols;
-  } const matrices[] = {{&l.q, &q, heads, d_model},  {&l.k, &k, kv, d_model},         {&l.v, &v, kv, d_model},
+  const Packed matrices[] = {{&l.q, &q, heads, d_model},  {&l.k, &k, kv, d_model},         {&l.v, &v, kv, d_model},
                         {&l.o, &o, d_model, heads},  {&l.gate, &gate, d_mlp, d_model}, {&l.up, &up, d_mlp, d_model},
                         {&l.down, &down, d_model, d_mlp}};
   for (int i = 0; i < 7; ++i) {
-    const auto& m = matrices[i];
-    if (!fits(*m.from, starts[i], forms[i], m.rows, m.cols)) return wrong("layer: a packed matrix has another size");
-    *m.to = matrix(*m.from, starts[i], forms[i], m.rows, m.cols);
-    if (biases.size() == 0) continue;
-    const auto bias = biases.get<Floats>(i);
-    if (bias.has_error()) return bias.error();
-    if (bias->element_count() == 0) continue;
-    if ((int64_t)bias->element_count() != m.rows) return wrong("layer: a bias has another size");
-    m.to->bias = bias->typed_data();
+    const ffi::Error error = set_matrix("layer", matrices[i], starts[i], forms[i], biases, i);
+    if (error.failure()) return error;
   }
   if ((int64_t)scratch->element_count() <
       layer_scratch(a.batch, a.tokens, n_heads, a.n_kv_heads, a.d_head, a.capacity, d_model, d_mlp))
@@ -183,6 +193,29 @@ ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, f
   l.ln2 = ln2.typed_data();
   l.eps = eps;
   layer(l, scratch->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error feed_forward(Floats resid, Floats ln2, Bytes gate, Bytes up, Bytes down, ffi::RemainingArgs biases,
+                        ffi::Span<const int64_t> starts, ffi::Span<const int64_t> forms, int64_t d_mlp, float eps,
+                        ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::U8> scratch) {
+  const int64_t d_model = resid.dimensions()[resid.dimensions().size() - 1], rows = product_but_last(resid.dimensions());
+  Layer l = {};
+  if (starts.size() != 3 || forms.size() != 3 || (int64_t)ln2.element_count() != d_model ||
+      out->element_count() != resid.element_count())
+    return wrong("mlp: shapes do not fit");
+  const Packed matrices[] = {
+      {&l.gate, &gate, d_mlp, d_model}, {&l.up, &up, d_mlp, d_model}, {&l.down, &down, d_model, d_mlp}};
+  for (int i = 0; i < 3; ++i) {
+    const ffi::Error error = set_matrix("mlp", matrices[i], starts[i], forms[i], biases, i);
+    if (error.failure()) return error;
+  }
+  if ((int64_t)scratch->element_count() < mlp_scratch(rows, d_model, d_mlp)) return wrong("mlp: too little scratch memory");
+  l.resid = resid.typed_data();
+  l.out = out->typed_data();
+  l.ln2 = ln2.typed_data();
+  l.eps = eps;
+  mlp(l, rows, scratch->typed_data());
   return ffi::Error::Success();
 }
 
@@ -247,6 +280,7 @@ IRKIT_API XLA_FFI_Error* irkit_linear(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_attention(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_pattern(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_layer(XLA_FFI_CallFrame*);
+IRKIT_API XLA_FFI_Error* irkit_mlp(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_top_k(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_sample(XLA_FFI_CallFrame*);
 
@@ -320,6 +354,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_layer, irkit::block,
                                   .Ret<ffi::Buffer<ffi::U8>>()
                                   .RemainingRets());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_mlp, irkit::feed_forward,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .RemainingArgs()
+                                  .Attr<ffi::Span<const int64_t>>("starts")
+                                  .Attr<ffi::Span<const int64_t>>("forms")
+                                  .Attr<int64_t>("d_mlp")
+                                  .Attr<float>("eps")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     irkit_top_k, irkit::largest,
     ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>());
@@ -336,7 +385,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_sample, irkit::draw,
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 IRKIT_API const char* irkit_handlers() {
-  return "irkit_take,irkit_linear,irkit_attention,irkit_pattern,irkit_layer,irkit_top_k,irkit_sample";
+  return "irkit_take,irkit_linear,irkit_attention,irkit_pattern,irkit_layer,irkit_mlp,irkit_top_k,irkit_sample";
 }
 
 IRKIT_API void irkit_set_threads(int32_t threads) { irkit::set_threads(threads); }
@@ -346,6 +395,10 @@ IRKIT_API int64_t irkit_linear_scratch(int64_t rows, int64_t cols) { return irki
 IRKIT_API int64_t irkit_attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads,
                                           int64_t d_head, int64_t capacity) {
   return irkit::attention_scratch(batch, tokens, n_heads, n_kv_heads, d_head, capacity);
+}
+
+IRKIT_API int64_t irkit_mlp_scratch(int64_t rows, int64_t d_model, int64_t d_mlp) {
+  return irkit::mlp_scratch(rows, d_model, d_mlp);
 }
 
 IRKIT_API int64_t irkit_layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads,

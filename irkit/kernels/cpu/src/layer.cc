@@ -237,7 +237,67 @@ void remember(const Layer& l, float* qkv, int64_t rows) {
   });
 }
 
+void show_norm(const Layer& l, const float* x, int64_t rows, Point scale, Point normalized) {
+  const int64_t d_model = l.down.rows;
+  float* const root = l.shown[scale];
+  float* const out = l.shown[normalized];
+  if (!root && !out) return;
+  each(rows, [&](int64_t row) {
+    kernels().norm(x + row * d_model, d_model, l.eps, root ? root + row : nullptr, out ? out + row * d_model : nullptr);
+  });
+}
+
+// The product with what is in the tiles, added to the stream: by itself first, where it is asked for.
+void add_to(const Layer& l, const float* stream, const Matrix& matrix, const Tiles& x, Point point, float* out) {
+  float* const alone = l.shown[point];
+  Product p = product(matrix, x, alone ? alone : out, matrix.rows);
+  if (!alone) {
+    p.finish = Finish::kAdd;
+    p.add = stream;
+  }
+  multiply_all({&p});
+  for (int64_t i = 0; alone && i < x.rows * matrix.rows; ++i) out[i] = alone[i] + stream[i];
+}
+
+// The second half of a layer, from the stream in the middle to l.out.
+void feed_forward(const Layer& l, const float* mid, int64_t rows, Tiles model, Tiles mlp, float* room) {
+  const int64_t d_mlp = l.down.cols;
+  show_norm(l, mid, rows, kScale2, kNormalized2);
+  Tiles x = prepared(model, mid, rows, l.ln2, l.eps, {&l.gate, &l.up});
+  float* const hidden = l.shown[kPost] ? l.shown[kPost] : room;
+  if (l.shown[kPre] || l.shown[kPreLinear]) {
+    float* const pre = l.shown[kPre] ? l.shown[kPre] : hidden;
+    float* const linear = l.shown[kPreLinear] ? l.shown[kPreLinear] : hidden;
+    const Product gated = product(l.gate, x, pre, d_mlp), up = product(l.up, x, linear, d_mlp);
+    multiply_all({&gated, &up});
+    each(rows, [&](int64_t row) {
+      kernels().gate(pre + row * d_mlp, linear + row * d_mlp, d_mlp, hidden + row * d_mlp);
+    });
+  } else {
+    Product p = product(l.gate, x, hidden, d_mlp);
+    p.finish = Finish::kGate;
+    p.up = l.up;
+    multiply_all({&p});
+  }
+  x = prepared(mlp, hidden, rows, nullptr, 0, {&l.down});
+  add_to(l, mid, l.down, x, kMlpOut, l.out);
+}
+
 }  // namespace
+
+int64_t mlp_scratch(int64_t rows, int64_t d_model, int64_t d_mlp) {
+  Scratch scratch(nullptr);
+  tiles(scratch, rows, d_model);
+  tiles(scratch, rows, d_mlp);
+  scratch.floats(rows * d_mlp);
+  return scratch.used();
+}
+
+void mlp(const Layer& l, int64_t rows, uint8_t* memory) {
+  Scratch scratch(memory);
+  const Tiles model = tiles(scratch, rows, l.down.rows), inside = tiles(scratch, rows, l.down.cols);
+  feed_forward(l, l.resid, rows, model, inside, scratch.floats(rows * l.down.cols));
+}
 
 int64_t layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
                       int64_t capacity, int64_t d_model, int64_t d_mlp) {
@@ -292,32 +352,14 @@ void layer(const Layer& l, uint8_t* scratch) {
   const int64_t stride = q + 2 * kv;
 
   float* const* const shown = l.shown;
-  const auto show_norm = [&](const float* x, Point scale, Point normalized) {
-    if (!shown[scale] && !shown[normalized]) return;
-    each(rows, [&](int64_t row) {
-      kernels().norm(x + row * d_model, d_model, l.eps, shown[scale] ? shown[scale] + row : nullptr,
-                     shown[normalized] ? shown[normalized] + row * d_model : nullptr);
-    });
-  };
   // Part of each row of what q, k and v are computed to.
   const auto show = [&](Point point, int64_t from, int64_t count) {
     if (!shown[point]) return;
     for (int64_t row = 0; row < rows; ++row)
       std::copy_n(room.qkv + row * stride + from, count, shown[point] + row * count);
   };
-  // The product with what is in the tiles, added to the stream: by itself first, where it is asked for.
-  const auto add_to = [&](const float* stream, const Matrix& matrix, const Tiles& x, Point point, float* out) {
-    Product p = product(matrix, x, shown[point] ? shown[point] : out, d_model);
-    if (!shown[point]) {
-      p.finish = Finish::kAdd;
-      p.add = stream;
-    }
-    multiply_all({&p});
-    if (!shown[point]) return;
-    for (int64_t i = 0; i < rows * d_model; ++i) out[i] = shown[point][i] + stream[i];
-  };
 
-  show_norm(l.resid, kScale1, kNormalized1);
+  show_norm(l, l.resid, rows, kScale1, kNormalized1);
   Tiles x = prepared(room.model, l.resid, rows, l.ln1, l.eps, {&l.q, &l.k, &l.v});
   const Product pq = product(l.q, x, room.qkv, stride), pk = product(l.k, x, room.qkv + q, stride),
                 pv = product(l.v, x, room.qkv + q + kv, stride);
@@ -337,28 +379,9 @@ void layer(const Layer& l, uint8_t* scratch) {
 
   x = prepared(room.heads, a.z, rows, nullptr, 0, {&l.o});
   float* const mid = shown[kResidMid] ? shown[kResidMid] : room.resid;
-  add_to(l.resid, l.o, x, kAttnOut, mid);
+  add_to(l, l.resid, l.o, x, kAttnOut, mid);
 
-  show_norm(mid, kScale2, kNormalized2);
-  x = prepared(room.model, mid, rows, l.ln2, l.eps, {&l.gate, &l.up});
-  float* const hidden = shown[kPost] ? shown[kPost] : room.hidden;
-  if (shown[kPre] || shown[kPreLinear]) {
-    float* const pre = shown[kPre] ? shown[kPre] : hidden;
-    float* const linear = shown[kPreLinear] ? shown[kPreLinear] : hidden;
-    const Product gated = product(l.gate, x, pre, d_mlp), up = product(l.up, x, linear, d_mlp);
-    multiply_all({&gated, &up});
-    each(rows, [&](int64_t row) {
-      kernels().gate(pre + row * d_mlp, linear + row * d_mlp, d_mlp, hidden + row * d_mlp);
-    });
-  } else {
-    Product p = product(l.gate, x, hidden, d_mlp);
-    p.finish = Finish::kGate;
-    p.up = l.up;
-    multiply_all({&p});
-  }
-
-  x = prepared(room.mlp, hidden, rows, nullptr, 0, {&l.down});
-  add_to(mid, l.down, x, kMlpOut, l.out);
+  feed_forward(l, mid, rows, room.model, room.mlp, room.hidden);
   // Padding that was not computed holds nothing that was in this memory before.
   for (int point = 0; point < kPoints; ++point) {
     const int64_t numbers = width(l, (Point)point);

@@ -58,6 +58,10 @@ struct Layer {
 int64_t layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
                       int64_t capacity, int64_t d_model, int64_t d_mlp);
 int64_t width(const Layer& l, Point point);  // of a row
+// The second half of a layer alone: from `rows` of resid, which is the stream in its middle, to out. Of the layer, what
+// belongs to the first half is not read.
+int64_t mlp_scratch(int64_t rows, int64_t d_model, int64_t d_mlp);
+void mlp(const Layer& l, int64_t rows, uint8_t* scratch);
 void layer(const Layer& l, uint8_t* scratch);
 
 }  // namespace irkit
