@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from irkit.results import Generation, Token
     from irkit.session import Session
 
-PERIOD = 0.08
+PERIOD = 0.12
 """Seconds between two messages of what is new."""
 COMPARED = 8
 """Tokens whose probabilities are compared."""
