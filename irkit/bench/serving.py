@@ -79,7 +79,10 @@ async def _measure(
 ) -> None:
     # An answer must not end early.
     always = {"model": "bench", "stream": True, "logit_bias": dict.fromkeys(map(str, model.tokenizer.eog_ids), -100)}
-    async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+    # A connection each: a server may have closed one that is kept, just when it is used again.
+    async with httpx.AsyncClient(
+        base_url=url, timeout=None, limits=httpx.Limits(max_keepalive_connections=0)
+    ) as client:
 
         async def answer(prompt: str, tokens: int) -> tuple[float, float]:
             """The seconds to the first token, and to the end."""

@@ -176,8 +176,10 @@ class Worker:
 
     def _go_on(self) -> None:
         """One part of an answer that computes by itself, and a step of all that decode."""
-        alone = next((task for task in self._running if task.wants is None), None)
-        if alone:
+        by_themselves = [task for task in self._running if task.wants is None]
+        if by_themselves:
+            # Who has just come goes first: a short prompt does not wait for another part of a long one.
+            alone = next((task for task in by_themselves if task.steps is None), by_themselves[0])
             self._running.remove(alone)  # the others have their turn before it
             self._running.append(alone)
             self._advance(alone, None)

@@ -63,3 +63,26 @@ def test_a_client_that_asks_for_much_does_not_keep_out_the_others() -> None:
     assert begun[:2] == ["a0", "b0"]
     assert {"c0", "b1"} < {*begun[:5]}, "the others do not wait behind all of the first"
     assert [name for name in begun if name[0] == "a"] == [f"a{n}" for n in range(6)]
+
+
+def test_who_has_just_come_does_not_wait_for_another_part_of_a_long_answer() -> None:
+    worker, parts, half_way, arrived = Worker(), list[str](), threading.Event(), threading.Event()
+
+    def long() -> Steps:
+        for part in range(6):
+            parts.append(f"long {part}")
+            if part == 2:
+                half_way.set()
+                arrived.wait(30)
+            yield None
+
+    def short() -> Steps:
+        parts.append("short")
+        yield None
+
+    first = worker.answer(long, threading.Event())
+    assert half_way.wait(30)
+    second = worker.answer(short, threading.Event())
+    arrived.set()
+    first.result(30), second.result(30)
+    assert parts == ["long 0", "long 1", "long 2", "short", "long 3", "long 4", "long 5"]
