@@ -163,6 +163,7 @@ def _pack(cells: Sequence[Cell], entries: Sequence[int], common: Common) -> Pack
     entry[:] = -1
     seen = np.tile(np.arange(size, dtype=np.int32), (runs, 1))
     query, last = np.zeros((runs, size), np.int32), np.zeros(runs, np.int32)
+    first = np.ones(runs, np.int32)
     start = 0
     for row, (cell, layer) in enumerate(zip(cells, entries, strict=True)):
         own = np.arange(cell.positions[0], length)
@@ -170,9 +171,9 @@ def _pack(cells: Sequence[Cell], entries: Sequence[int], common: Common) -> Pack
         alternative = 1 if cell.head is None else 1 + cell.head
         position[here], entry[here], place[here] = own, layer, row * size + own
         source[here] = own + alternative * size * np.isin(own, cell.positions)
-        seen[row, own], query[row, own], last[row] = size + here, here, here[-1]
+        seen[row, own], query[row, own], first[row], last[row] = size + here, here, here[0], here[-1]
         start += len(own)
-    return Packing(position, entry, source, seen, query, place, last)  # pyright: ignore[reportArgumentType]
+    return Packing(position, entry, source, seen, query, place, first, last)  # pyright: ignore[reportArgumentType]
 
 
 def _table(runtime: Runtime, common: Common, point: str, entry: int) -> Any:

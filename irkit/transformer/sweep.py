@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from irkit import kernels
+from irkit.kernels import cpu
 from irkit.transformer.config import Config
 from irkit.transformer.decoder import Params, affine, heads, layer, mlp, rms_norm, rotary, rotate
 from irkit.transformer.taps import Taps, named
@@ -40,6 +41,8 @@ class Packing(NamedTuple):
     """The packed token at that position; any, where the run has none."""
     place: Int[Array, " n"]
     """The token's place among those of all runs, r times t."""
+    first: Int[Array, " r"]
+    """The packed token that is the run's first; behind `last` for a run that has none."""
     last: Int[Array, " r"]
     """The packed token that is the run's last."""
 
@@ -99,36 +102,42 @@ def patched_layer(
         last: Nothing but the last token's stream is wanted after the model's last layer; keys and values of all are.
     """
 
-    def entering(resid: Array, entry: Array, source: Array) -> Array:
-        return jnp.where((entry == index)[:, None], table[source], resid)
+    def enter_at(here: str, resid: Array, entry: Array, source: Array) -> Array:
+        if enter != here:
+            return resid
+        # No run begins in most of the layers that a packing goes through.
+        begins = entry == index
+        return lax.cond(jnp.any(begins), lambda: jnp.where(begins[:, None], table[source], resid), lambda: resid)
 
-    entry, source, tap = packing.entry, packing.source, Taps()
-    if enter == "pre":
-        resid = entering(resid, entry, source)
+    entry, source, its, tap = packing.entry, packing.source, kernels.of(block["o"]), Taps()
+    resid = enter_at("pre", resid, entry, source)
     rotation = rotary(packing.position[None], inv_freq)
     normed = rms_norm(resid, block["ln1"], config.eps, tap, "ln1")
     k = rotate(heads(affine(normed, block, "k"), config.n_kv_heads), *rotation)
     v = heads(affine(normed, block, "v"), config.n_kv_heads)
-    seen = [
-        jnp.swapaxes(jnp.concatenate([held, new[0]])[packing.seen], 1, 2)
-        for held, new in zip(common, (k, v), strict=True)
-    ]
-    r, t = packing.seen.shape
-    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (r, t))
-    query, place = packing.query, packing.place
     if last:
         # From here on, a run is its last token.
         chosen = packing.last
         resid, normed, entry, source = resid[:, chosen], normed[:, chosen], entry[chosen], source[chosen]
         rotation = rotation[0][:, chosen], rotation[1][:, chosen]
-        query = place = jnp.arange(r)[:, None]
-        positions, place = packing.position[chosen][:, None], place[:, 0]
     q = rotate(heads(affine(normed, block, "q"), config.n_heads), *rotation)
-    z = kernels.of(block["o"]).attention(q[0][query], *seen, positions, config.attention_scale)
-    resid = resid + affine(z.reshape(-1, z.shape[2] * z.shape[3])[place][None], block, "o")
-    if enter == "mid":
-        resid = entering(resid, entry, source)
-    return mlp(block, resid, config, tap)
+    if its is cpu and not last and config.d_head % 16 == 0:
+        where = packing.first, packing.last, packing.position
+        z = cpu.attention_of_runs(q[0], common, (k[0], v[0]), *where, config.attention_scale)
+    else:
+        seen = [
+            jnp.swapaxes(jnp.concatenate([held, new[0]])[packing.seen], 1, 2)
+            for held, new in zip(common, (k, v), strict=True)
+        ]
+        r, t = packing.seen.shape
+        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (r, t))
+        query, place = packing.query, packing.place
+        if last:
+            query, place, positions = jnp.arange(r)[:, None], jnp.arange(r), packing.position[packing.last][:, None]
+        z = its.attention(q[0][query], *seen, positions, config.attention_scale)
+        z = z.reshape(-1, *z.shape[2:])[place]
+    resid = resid + affine(z.reshape(1, z.shape[0], -1), block, "o")
+    return mlp(block, enter_at("mid", resid, entry, source), config, tap)
 
 
 def difference(

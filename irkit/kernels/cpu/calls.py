@@ -139,6 +139,35 @@ def attention(
     return call(q, keys, values, positions[:, 0], count, scale=np.float32(scale))[0]
 
 
+def attention_of_runs(
+    q: Float[Array, "n k*g h"],
+    common: tuple[Float[Array, "t k h"], Float[Array, "t k h"]],
+    own: tuple[Float[Array, "n k h"], Float[Array, "n k h"]],
+    first: Int[Array, " r"],
+    last: Int[Array, " r"],
+    position: Int[Array, " n"],
+    scale: float,
+) -> Float[Array, "n k*g h"]:
+    """Attention of runs that differ from a common one from some position on, their tokens from there on packed.
+
+    Args:
+        q: Rotated queries of the packed tokens.
+        common: Rotated keys, and values, of the common run.
+        own: Those of the packed tokens.
+        first: Each run's first packed token; its others follow.
+        last: Each run's last one; before `first` for a run that has none.
+        position: The packed tokens' positions.
+        scale: Multiplies the scores.
+    """
+    _, heads, h = q.shape
+    results = (
+        jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        _scratch("irkit_runs_scratch", first.shape[0], common[0].shape[0], heads, common[0].shape[1], h),
+    )
+    call = jax.ffi.ffi_call("irkit_attention_of_runs", results)
+    return call(q, *common, *own, first, last, position, scale=np.float32(scale))[0]
+
+
 def pattern(
     q: Float[Array, "b t k*g h"], keys: Float[Array, "b k c h"], positions: Int[Array, "b t"], scale: float
 ) -> Float[Array, "b k*g t c"]:

@@ -111,6 +111,47 @@ void test_pattern(int64_t tokens, int64_t group, int64_t d_head, int64_t capacit
   }
 }
 
+void test_runs(int64_t group, int64_t d_head) {
+  const int64_t length = 70, kv_heads = 2, heads = kv_heads * group, runs = 4;
+  const int32_t begin[runs] = {0, 69, 13, 40};
+  int32_t first[runs + 1], last[runs + 1];
+  std::vector<int32_t> position;
+  for (int64_t run = 0; run < runs; ++run) {
+    first[run] = (int32_t)position.size();
+    const int64_t end = run == 2 ? 50 : length;
+    for (int64_t at = begin[run]; at < end; ++at) position.push_back((int32_t)at);
+    last[run] = (int32_t)position.size() - 1;
+  }
+  first[runs] = 1, last[runs] = 0;  // one without tokens
+  const int64_t tokens = (int64_t)position.size(), each = kv_heads * d_head;
+  const Floats q = normals(tokens * heads * d_head), common_keys = normals(length * each);
+  const Floats common_values = normals(length * each), keys = normals(tokens * each), values = normals(tokens * each);
+  std::vector<uint8_t> scratch(runs_scratch(runs + 1, length, heads, kv_heads, d_head));
+  for (int threads : kThreads) {
+    set_threads(threads);
+    Floats z(tokens * heads * d_head, kUntouched);
+    attend_runs({runs + 1, tokens, length, heads, kv_heads, d_head, first, last, position.data(), q.data(),
+                 common_keys.data(), common_values.data(), keys.data(), values.data(), 0.3f, z.data()}, scratch.data());
+    for (int64_t run = 0; run < runs; ++run) {
+      for (int64_t head = 0; head < kv_heads; ++head) {
+        Cache all_keys(length * d_head, false), all_values(length * d_head, false);
+        for (int64_t at = 0; at <= position[last[run]]; ++at) {
+          const bool own = at >= begin[run];
+          const int64_t from = ((own ? first[run] + at - begin[run] : at) * kv_heads + head) * d_head;
+          for (int64_t i = 0; i < d_head; ++i) {
+            all_keys.set(at * d_head + i, (own ? keys : common_keys)[from + i]);
+            all_values.set(at * d_head + i, (own ? values : common_values)[from + i]);
+          }
+        }
+        for (int64_t token = first[run]; token <= last[run]; ++token)
+          for (int64_t of = head * group; of < (head + 1) * group; ++of)
+            check_attention("attend_runs", &z[(token * heads + of) * d_head], &q[(token * heads + of) * d_head], all_keys,
+                            all_values, 0, d_head, position[token] + 1, 0.3f);
+      }
+    }
+  }
+}
+
 std::vector<double> normed(const double* x, const Floats& norm, float eps) {
   std::vector<double> out(norm.size());
   double squares = 0;
@@ -330,6 +371,8 @@ void test_layers() {
   for (const Format& format : kFormats) {
     for (int64_t rows : {1, 3, 20}) test_linear(format, rows);
   }
+  test_runs(3, 32);
+  test_runs(1, 80);
   for (int64_t tokens : {1, 4, 5, 20, 50}) {
     for (bool half : {false, true}) {
       test_attend(tokens, 3, half);

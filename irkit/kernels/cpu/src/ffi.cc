@@ -1,6 +1,7 @@
 // The kernels as XLA calls them. Sizes are checked against each other here; shapes are what Python traced.
 #include "xla/ffi/api/ffi.h"
 
+#include <algorithm>
 #include <string>
 
 #include "api.h"
@@ -117,6 +118,46 @@ ffi::Error attention(Floats q, ffi::AnyBuffer keys, ffi::AnyBuffer values, Ints 
   a.stride = a.n_heads * a.d_head;
   a.z = z->typed_data();
   attend(a, scratch->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error attention_of_runs(Floats q, Floats common_keys, Floats common_values, Floats keys, Floats values, Ints first,
+                             Ints last, Ints position, float scale, ffi::ResultBuffer<ffi::F32> z,
+                             ffi::ResultBuffer<ffi::U8> scratch) {
+  const Dimensions shape = q.dimensions(), common = common_keys.dimensions();
+  if (shape.size() != 3 || common.size() != 3) return wrong("attention of runs: shapes do not fit");
+  Runs r = {};
+  r.runs = (int64_t)first.element_count();
+  r.tokens = shape[0];
+  r.n_heads = shape[1];
+  r.d_head = shape[2];
+  r.length = common[0];
+  r.n_kv_heads = common[1];
+  const int64_t of_all = r.tokens * r.n_kv_heads * r.d_head;
+  if (common[2] != r.d_head || r.d_head % 16 || r.n_kv_heads < 1 || r.n_heads % r.n_kv_heads ||
+      common_values.element_count() != common_keys.element_count() || (int64_t)keys.element_count() != of_all ||
+      (int64_t)values.element_count() != of_all || (int64_t)last.element_count() != r.runs ||
+      (int64_t)position.element_count() != r.tokens || z->element_count() != q.element_count() ||
+      (int64_t)scratch->element_count() < runs_scratch(r.runs, r.length, r.n_heads, r.n_kv_heads, r.d_head))
+    return wrong("attention of runs: shapes do not fit");
+  r.first = first.typed_data();
+  r.last = last.typed_data();
+  r.position = position.typed_data();
+  for (int64_t run = 0; run < r.runs; ++run) {
+    const int64_t from = r.first[run], to = r.last[run];
+    if (to < from) continue;
+    if (from < 0 || to >= r.tokens || r.position[from] < 0 || r.position[from] + to - from >= r.length)
+      return wrong("attention of runs: tokens or positions do not fit");
+  }
+  r.q = q.typed_data();
+  r.common_keys = common_keys.typed_data();
+  r.common_values = common_values.typed_data();
+  r.keys = keys.typed_data();
+  r.values = values.typed_data();
+  r.scale = scale;
+  r.z = z->typed_data();
+  std::fill(r.z, r.z + q.element_count(), 0.0f);
+  attend_runs(r, scratch->typed_data());
   return ffi::Error::Success();
 }
 
@@ -278,6 +319,7 @@ extern "C" {
 IRKIT_API XLA_FFI_Error* irkit_take(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_linear(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_attention(XLA_FFI_CallFrame*);
+IRKIT_API XLA_FFI_Error* irkit_attention_of_runs(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_pattern(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_layer(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_mlp(XLA_FFI_CallFrame*);
@@ -308,6 +350,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_attention, irkit::attention,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<float>("scale")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_attention_of_runs, irkit::attention_of_runs,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<float>("scale")
@@ -385,7 +441,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_sample, irkit::draw,
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 IRKIT_API const char* irkit_handlers() {
-  return "irkit_take,irkit_linear,irkit_attention,irkit_pattern,irkit_layer,irkit_mlp,irkit_top_k,irkit_sample";
+  return "irkit_take,irkit_linear,irkit_attention,irkit_attention_of_runs,irkit_pattern,irkit_layer,irkit_mlp,irkit_top_k,irkit_sample";
 }
 
 IRKIT_API void irkit_set_threads(int32_t threads) { irkit::set_threads(threads); }
@@ -395,6 +451,10 @@ IRKIT_API int64_t irkit_linear_scratch(int64_t rows, int64_t cols) { return irki
 IRKIT_API int64_t irkit_attention_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads,
                                           int64_t d_head, int64_t capacity) {
   return irkit::attention_scratch(batch, tokens, n_heads, n_kv_heads, d_head, capacity);
+}
+
+IRKIT_API int64_t irkit_runs_scratch(int64_t runs, int64_t length, int64_t n_heads, int64_t n_kv_heads, int64_t d_head) {
+  return irkit::runs_scratch(runs, length, n_heads, n_kv_heads, d_head);
 }
 
 IRKIT_API int64_t irkit_mlp_scratch(int64_t rows, int64_t d_model, int64_t d_mlp) {

@@ -304,6 +304,37 @@ int64_t layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_
   return LayerRoom(nullptr, batch, tokens, n_heads, n_kv_heads, d_head, capacity, d_model, d_mlp).bytes;
 }
 
+int64_t runs_scratch(int64_t runs, int64_t length, int64_t n_heads, int64_t n_kv_heads, int64_t d_head) {
+  const int64_t cached = aligned(2 * length * d_head * 4), own = aligned(many_scratch(d_head, n_heads / n_kv_heads) * 4);
+  return runs * n_kv_heads * (cached + own);
+}
+
+void attend_runs(const Runs& r, uint8_t* scratch) {
+  constexpr int64_t kAtOnce = 16;
+  const int64_t h = r.d_head, group = r.n_heads / r.n_kv_heads, stride = r.n_heads * h;
+  const int64_t each = runs_scratch(1, r.length, r.n_heads, r.n_kv_heads, h) / r.n_kv_heads;
+  parallel(r.runs * r.n_kv_heads, [&](int64_t task) {
+    const int64_t run = task / r.n_kv_heads, head = task % r.n_kv_heads;
+    const int64_t first = r.first[run], count = r.last[run] - first + 1;
+    if (count <= 0) return;
+    float* const keys = reinterpret_cast<float*>(scratch + task * each);
+    float* const values = keys + r.length * h;
+    float* const room = reinterpret_cast<float*>(scratch + task * each + aligned(2 * r.length * h * 4));
+    const int64_t begin = r.position[first];
+    for (int64_t at = 0; at < begin + count; ++at) {
+      const bool own = at >= begin;
+      const int64_t from = ((own ? first + at - begin : at) * r.n_kv_heads + head) * h;
+      std::copy_n((own ? r.keys : r.common_keys) + from, h, keys + at * h);
+      std::copy_n((own ? r.values : r.common_values) + from, h, values + at * h);
+    }
+    for (int64_t i = 0; i < count; i += kAtOnce) {
+      const int64_t at = (first + i) * stride + head * group * h;
+      kernels().attend_many({r.q + at, r.z + at, stride, stride, group, h, begin + i + 1, (int)std::min(kAtOnce, count - i),
+                             {keys, false}, {values, false}, r.scale, room});
+    }
+  });
+}
+
 void pattern(const Attention& a, const int32_t* positions, float* out) {
   constexpr int64_t kAtOnce = 16;
   const int64_t group = a.n_heads / a.n_kv_heads, blocks = ceil_div(a.tokens, kAtOnce);

@@ -33,6 +33,26 @@ void attend(const Attention& a, uint8_t* scratch);
 // of its own, [batch, tokens], and sees the keys up to it; of `a`, `start`, `count`, `values` and `z` are not read.
 void pattern(const Attention& a, const int32_t* positions, float* out);
 
+// Runs that differ from a common one from some position on. Of each, the tokens from there on lie in a row among all
+// packed tokens, from `first` to `last`: queries [tokens, n_heads, d_head], keys and values [tokens, n_kv_heads, d_head].
+// What stands before them is the common run's, [length, n_kv_heads, d_head]. z is as the queries; runs with `last`
+// before `first` have no tokens.
+struct Runs {
+  int64_t runs, tokens, length, n_heads, n_kv_heads, d_head;
+  const int32_t* first;
+  const int32_t* last;
+  const int32_t* position;  // [tokens]
+  const float* q;
+  const float* common_keys;
+  const float* common_values;
+  const float* keys;
+  const float* values;
+  float scale;
+  float* z;
+};
+int64_t runs_scratch(int64_t runs, int64_t length, int64_t n_heads, int64_t n_kv_heads, int64_t d_head);
+void attend_runs(const Runs& r, uint8_t* scratch);
+
 // What a layer computes on its way, by the numbers with which it is asked for: [batch, tokens] rows of some width.
 enum Point {
   kScale1, kNormalized1, kQ, kK, kV, kRotQ, kRotK, kZ, kAttnOut, kResidMid,
