@@ -1,5 +1,6 @@
 """The application: a route for each verb, the shapes of other APIs beside them, and one form for errors."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from irkit.engine.worker import DEVICE
 from irkit.errors import IrkitError
 from irkit.options import GenerateOptions, LoadOptions, Options, ServeOptions
 from irkit.results import Generation
-from irkit.server import metrics, ollama, openai, tokens
+from irkit.server import memory, metrics, ollama, openai, tokens
 from irkit.server.captures import Format, bounded, sent, without_traces
 from irkit.server.errors import fault
 from irkit.server.places import TakesPlace
@@ -54,7 +55,9 @@ def create_app(options: ServeOptions | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        giving_back = asyncio.create_task(memory.give_back())
         yield
+        giving_back.cancel()
         await sessions.close()
 
     app = FastAPIOffline(title="irkit", version=irkit.__version__, lifespan=lifespan, redoc_url=None)
