@@ -84,5 +84,6 @@ def test_who_has_just_come_does_not_wait_for_another_part_of_a_long_answer() -> 
     assert half_way.wait(30)
     second = worker.answer(short, threading.Event())
     arrived.set()
-    first.result(30), second.result(30)
+    for answer in (first, second):
+        answer.result(30)
     assert parts == ["long 0", "long 1", "long 2", "short", "long 3", "long 4", "long 5"]
