@@ -1,7 +1,8 @@
 """What a small change would do, everywhere at once: attribution patching and saliency, by one backward pass.
 
 The derivatives go through the weights as float32 numbers. A session of packed weights has the same file opened in
-exact precision for them, which takes four bytes a weight for as long as the session lives.
+exact precision for them, which takes four bytes a weight for as long as the session lives, and four more where the
+CPU's kernels compute: they have no derivative.
 """
 
 from __future__ import annotations

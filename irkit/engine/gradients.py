@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from irkit.engine import sweep
-from irkit.kernels import cpu
 from irkit.transformer import cache as kv
 from irkit.transformer.decoder import forward
 from irkit.transformer.taps import Edit, Hook, Spec
@@ -35,7 +34,7 @@ def gradients(
     weights = np.array([1, 0 if other is None else -1], np.float32)
     ids = np.array([token, token if other is None else other], np.int32)
     static = {"config": runtime.config, "points": tuple(points)}
-    arguments = runtime.params, np.array([tokens], np.int32), ids, weights
+    arguments = runtime.arrays, np.array([tokens], np.int32), ids, weights
     value, found = sweep.run(runtime, logit_gradients, *arguments, **static)
     return float(value), {
         point: np.stack([np.asarray(layer) for layer in layers]) if isinstance(layers, list) else np.asarray(layers)
@@ -56,7 +55,6 @@ def logit_gradients(
 
     Zeros are added at every point; the derivative with regard to them is that with regard to the value.
     """
-    params = cpu.unpacked(params)  # the kernels have no derivative
     t = tokens.shape[1]
     shapes = {"attn.hook_z": (t, config.n_heads, config.d_head)}
     layers = range(config.n_layers)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -127,6 +127,11 @@ class Runtime:
             return self._shape(plan)
         value = values[plan.weight.name]
         return sharding.put(value.astype(shape.dtype, copy=False), shape.sharding or self.device)
+
+    @cached_property
+    def arrays(self) -> Params:
+        """The parameters as arrays, since the kernels have no derivative; packed ones are unpacked once, and kept."""
+        return jax.jit(cpu.unpacked)(self.params) if self.packed else self.params
 
     @property
     def nbytes(self) -> int:

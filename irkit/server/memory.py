@@ -2,7 +2,6 @@
 
 import asyncio
 import ctypes
-import ctypes.util
 import sys
 
 SECONDS = 30.0
@@ -15,10 +14,7 @@ async def give_back() -> None:
     glibc keeps what threads free in arenas of their own, several a core, and the caches of answers come and go in other
     threads than those that use the room again: a server's memory would grow for hours. See malloc_trim(3).
     """
-    try:
-        trim = ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim if sys.platform == "linux" else None
-    except (AttributeError, OSError, TypeError):
-        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     while trim is not None:
         await asyncio.sleep(SECONDS)
         await asyncio.to_thread(trim, 0)

@@ -32,6 +32,7 @@ _PATTERN = "attn.hook_pattern"
 _SHOWN = frozenset(cpu.POINTS) | {_PATTERN}
 """What can be captured of a layer that one kernel computes."""
 _OF_MLP = cpu.POINTS[cpu.POINTS.index("ln2.hook_scale") :]
+"""What a layer's second half shows on its way."""
 
 
 def forward(
@@ -79,7 +80,7 @@ def forward(
         old = cache.keys[index], cache.values[index]
         resid = tap("hook_resid_pre", resid)
         if cpu.can_fuse(block, config.d_head) and not tap.edits_inside() and tap.captured_inside() <= _SHOWN:
-            resid, new = fused_layer(block, resid, old, start, count, rotation, config, tap)
+            resid, new = fused_layer(block, resid, old, positions, count, rotation, config, tap)
         else:
             resid, new = layer(block, resid, old, positions, rotation, config, tap)
         resid = tap("hook_resid_post", resid)
@@ -193,7 +194,7 @@ def fused_layer(
     block: Params,
     resid: Float[Array, "b t d"],
     cached: tuple[Array, Array],
-    start: Int[Array, " b"],
+    positions: Int[Array, "b t"],
     count: Int[Array, " b"],
     rotation: tuple[Array, Array],
     config: Config,
@@ -205,11 +206,11 @@ def fused_layer(
         wanted = wanted - {_PATTERN} | {"attn.hook_rot_q"}
     shown = [point for point in cpu.POINTS if point in wanted]
     constants = {"eps": config.eps, "scale": config.attention_scale}
+    start = positions[:, 0]
     resid, cached, values = cpu.layer(block, resid, cached, start, count, rotation, **constants, shown=shown)
     for point, value in values.items():
         tap(point, value)
     if tap.wants(_PATTERN):
-        positions = start[:, None] + jnp.arange(resid.shape[1], dtype=jnp.int32)
         tap.beside(_PATTERN, partial(pattern, values["attn.hook_rot_q"], cached[0], positions, config.attention_scale))
     return resid, cached
 

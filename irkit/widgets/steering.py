@@ -267,6 +267,7 @@ class SteeringPanel(base.View):
             if stop.wait(PERIOD):
                 for each in pair:
                     each.cancel()
+                for each in pair:
                     each.wait_for(PERIOD)
             if run != self._run:
                 return

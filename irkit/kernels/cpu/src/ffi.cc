@@ -63,8 +63,13 @@ int64_t product_but_last(Dimensions dims) {
 ffi::Error take_rows(Bytes packed, Ints ids, int64_t start, int64_t form, int64_t rows, ffi::ResultBuffer<ffi::F32> out) {
   const int64_t cols = out->dimensions()[out->dimensions().size() - 1];
   if (!fits(packed, start, form, rows, cols)) return wrong("take: the packed matrix has another size");
-  irkit_unpack_rows((int32_t)form, packed.typed_data() + start, rows, cols, ids.typed_data(), (int64_t)ids.element_count(),
-                    out->typed_data());
+  const int64_t count = (int64_t)ids.element_count();
+  constexpr int64_t kAtOnce = 64;  // neighbouring rows lie in the same panel, which stays in one core's cache
+  parallel((count + kAtOnce - 1) / kAtOnce, [&](int64_t i) {
+    const int64_t first = i * kAtOnce;
+    irkit_unpack_rows((int32_t)form, packed.typed_data() + start, rows, cols, ids.typed_data() + first,
+                      std::min(kAtOnce, count - first), out->typed_data() + first * cols);
+  });
   return ffi::Error::Success();
 }
 
@@ -77,9 +82,8 @@ ffi::Error multiply(Floats x, Bytes packed, int64_t start, int64_t form, int64_t
   return ffi::Error::Success();
 }
 
-// What attention reads off the shapes of q [b, t, H, h] and of the cache [b, K, c, h]; false where they disagree.
-bool shape_attention(Attention* a, Dimensions q, const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values, const Ints& start,
-                     const Ints& count, float scale) {
+// What is read off the shapes of q [b, t, H, h] and of the keys [b, K, c, h]; false where they disagree.
+bool shape_keys(Attention* a, Dimensions q, const ffi::AnyBuffer& keys, float scale) {
   const Dimensions cache = keys.dimensions();
   if (q.size() != 4 || cache.size() != 4) return false;
   a->batch = q[0];
@@ -88,16 +92,21 @@ bool shape_attention(Attention* a, Dimensions q, const ffi::AnyBuffer& keys, con
   a->d_head = q[3];
   a->n_kv_heads = cache[1];
   a->capacity = cache[2];
-  a->start = start.typed_data();
-  a->count = count.typed_data();
   a->keys = keys.untyped_data();
-  a->values = values.untyped_data();
   a->half = keys.element_type() == ffi::F16;
   a->scale = scale;
-  if (cache[0] != a->batch || cache[3] != a->d_head || a->d_head % 16 || a->n_kv_heads < 1 || a->n_heads % a->n_kv_heads)
-    return false;
-  if (keys.element_type() != values.element_type() || !(a->half || keys.element_type() == ffi::F32)) return false;
-  if (keys.element_count() != values.element_count()) return false;
+  return cache[0] == a->batch && cache[3] == a->d_head && a->d_head % 16 == 0 && a->n_kv_heads > 0 &&
+         a->n_heads % a->n_kv_heads == 0 && (a->half || keys.element_type() == ffi::F32);
+}
+
+// The same for attention, which also reads values, and says where the tokens stand.
+bool shape_attention(Attention* a, Dimensions q, const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values, const Ints& start,
+                     const Ints& count, float scale) {
+  if (!shape_keys(a, q, keys, scale)) return false;
+  a->start = start.typed_data();
+  a->count = count.typed_data();
+  a->values = values.untyped_data();
+  if (keys.element_type() != values.element_type() || keys.element_count() != values.element_count()) return false;
   if ((int64_t)start.element_count() != a->batch || (int64_t)count.element_count() != a->batch) return false;
   // Numbers in arrays are nobody's promise: nothing is read or written outside the cache.
   for (int64_t b = 0; b < a->batch; ++b) {
@@ -162,33 +171,22 @@ ffi::Error attention_of_runs(Floats q, Floats common_keys, Floats common_values,
 }
 
 ffi::Error look(Floats q, ffi::AnyBuffer keys, Ints positions, float scale, ffi::ResultBuffer<ffi::F32> out) {
-  const Dimensions shape = q.dimensions(), cache = keys.dimensions();
-  if (shape.size() != 4 || cache.size() != 4) return wrong("pattern: shapes do not fit");
   Attention a = {};
-  a.batch = shape[0];
-  a.tokens = shape[1];
-  a.n_heads = shape[2];
-  a.d_head = shape[3];
-  a.n_kv_heads = cache[1];
-  a.capacity = cache[2];
-  a.q = q.typed_data();
-  a.stride = a.n_heads * a.d_head;
-  a.keys = keys.untyped_data();
-  a.half = keys.element_type() == ffi::F16;
-  a.scale = scale;
-  if (cache[0] != a.batch || cache[3] != a.d_head || a.d_head % 16 || a.n_kv_heads < 1 || a.n_heads % a.n_kv_heads ||
-      a.capacity < 1 || !(a.half || keys.element_type() == ffi::F32) ||
+  if (!shape_keys(&a, q.dimensions(), keys, scale) || a.capacity < 1 ||
       (int64_t)positions.element_count() != a.batch * a.tokens ||
       (int64_t)out->element_count() != a.batch * a.n_heads * a.tokens * a.capacity)
     return wrong("pattern: shapes do not fit");
+  a.q = q.typed_data();
+  a.stride = a.n_heads * a.d_head;
   pattern(a, positions.typed_data(), out->typed_data());
   return ffi::Error::Success();
 }
 
 ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                  Floats ln1, Floats ln2, Bytes q, Bytes k, Bytes v, Bytes o, Bytes gate, Bytes up, Bytes down,
-                 ffi::RemainingArgs biases, ffi::Span<const int64_t> starts, ffi::Span<const int64_t> forms, ffi::Span<const int64_t> shown,
-                 int64_t n_heads, int64_t d_mlp, float eps, float scale, ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> new_keys,
+                 ffi::RemainingArgs biases, ffi::Span<const int64_t> starts, ffi::Span<const int64_t> forms,
+                 ffi::Span<const int64_t> shown, int64_t n_heads, int64_t d_mlp, float eps, float scale,
+                 ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> new_keys,
                  ffi::Result<ffi::AnyBuffer> new_values, ffi::ResultBuffer<ffi::U8> scratch, ffi::RemainingRets asked) {
   const Dimensions shape = resid.dimensions(), cache = keys.dimensions();
   if (shape.size() != 3 || cache.size() != 4 || starts.size() != 7 || forms.size() != 7) return wrong("layer: shapes do not fit");
@@ -205,9 +203,9 @@ ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, f
       (int64_t)cos.element_count() != rows * l.rotary || (int64_t)ln1.element_count() != d_model ||
       (int64_t)ln2.element_count() != d_model)
     return wrong("layer: the rotation or the norms have another size");
-  const Packed matrices[] = {{&l.q, &q, heads, d_model},  {&l.k, &k, kv, d_model},         {&l.v, &v, kv, d_model},
-                        {&l.o, &o, d_model, heads},  {&l.gate, &gate, d_mlp, d_model}, {&l.up, &up, d_mlp, d_model},
-                        {&l.down, &down, d_model, d_mlp}};
+  const Packed matrices[] = {{&l.q, &q, heads, d_model},       {&l.k, &k, kv, d_model},       {&l.v, &v, kv, d_model},
+                             {&l.o, &o, d_model, heads},       {&l.gate, &gate, d_mlp, d_model}, {&l.up, &up, d_mlp, d_model},
+                             {&l.down, &down, d_model, d_mlp}};
   for (int i = 0; i < 7; ++i) {
     const ffi::Error error = set_matrix("layer", matrices[i], starts[i], forms[i], biases, i);
     if (error.failure()) return error;
