@@ -21,7 +21,7 @@ from irkit.transformer.decoder import Params, affine, heads, layer, mlp, rms_nor
 from irkit.transformer.taps import Taps, named
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 KEPT = ("attn.hook_rot_k", "attn.hook_v", "attn.hook_z", "hook_attn_out", "hook_mlp_out")
 """What `common_layer` shows of the common run."""
@@ -102,42 +102,46 @@ def patched_layer(
         last: Nothing but the last token's stream is wanted after the model's last layer; keys and values of all are.
     """
 
-    def enter_at(here: str, resid: Array, entry: Array, source: Array) -> Array:
-        if enter != here:
-            return resid
-        # No run begins in most of the layers that a packing goes through.
-        begins = entry == index
-        return lax.cond(jnp.any(begins), lambda: jnp.where(begins[:, None], table[source], resid), lambda: resid)
-
     entry, source, its, tap = packing.entry, packing.source, kernels.of(block["o"]), Taps()
-    resid = enter_at("pre", resid, entry, source)
+    if enter == "pre":
+        resid = _begun(resid, table, entry == index, source)
     rotation = rotary(packing.position[None], inv_freq)
+    constants = {"eps": config.eps, "scale": config.attention_scale}
+    if not last and cpu.can_fuse(block, config.d_head):
+        beginning = table, jnp.where((entry == index) & (enter == "mid"), source, -1)
+        where = packing.first, packing.last, packing.position
+        return cpu.layer_of_runs(block, resid, common, beginning, *where, rotation, **constants)
     normed = rms_norm(resid, block["ln1"], config.eps, tap, "ln1")
     k = rotate(heads(affine(normed, block, "k"), config.n_kv_heads), *rotation)
     v = heads(affine(normed, block, "v"), config.n_kv_heads)
+    r, t = packing.seen.shape
+    query, place = packing.query, packing.place
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (r, t))
     if last:
         # From here on, a run is its last token.
         chosen = packing.last
         resid, normed, entry, source = resid[:, chosen], normed[:, chosen], entry[chosen], source[chosen]
         rotation = rotation[0][:, chosen], rotation[1][:, chosen]
+        query, place, positions = jnp.arange(r)[:, None], jnp.arange(r), packing.position[chosen][:, None]
     q = rotate(heads(affine(normed, block, "q"), config.n_heads), *rotation)
-    if its is cpu and not last and config.d_head % 16 == 0:
-        where = packing.first, packing.last, packing.position
-        z = cpu.attention_of_runs(q[0], common, (k[0], v[0]), *where, config.attention_scale)
-    else:
-        seen = [
-            jnp.swapaxes(jnp.concatenate([held, new[0]])[packing.seen], 1, 2)
-            for held, new in zip(common, (k, v), strict=True)
-        ]
-        r, t = packing.seen.shape
-        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (r, t))
-        query, place = packing.query, packing.place
-        if last:
-            query, place, positions = jnp.arange(r)[:, None], jnp.arange(r), packing.position[packing.last][:, None]
-        z = its.attention(q[0][query], *seen, positions, config.attention_scale)
-        z = z.reshape(-1, *z.shape[2:])[place]
+    seen = [
+        jnp.swapaxes(jnp.concatenate([held, new[0]])[packing.seen], 1, 2)
+        for held, new in zip(common, (k, v), strict=True)
+    ]
+    z = its.attention(q[0][query], *seen, positions, config.attention_scale)
+    z = z.reshape(-1, *z.shape[2:])[place]
     resid = resid + affine(z.reshape(1, z.shape[0], -1), block, "o")
-    return mlp(block, enter_at("mid", resid, entry, source), config, tap)
+    if enter == "mid":
+        resid = _begun(resid, table, entry == index, source)
+    return mlp(block, resid, config, tap)
+
+
+def _begun(
+    resid: Float[Array, "1 n d"], table: Float[Array, "a d"], begins: Bool[Array, " n"], source: Int[Array, " n"]
+) -> Float[Array, "1 n d"]:
+    """The stream, of tokens whose run begins here from the table."""
+    # No run begins in most of the layers that a packing goes through.
+    return lax.cond(jnp.any(begins), lambda: jnp.where(begins[:, None], table[source], resid), lambda: resid)
 
 
 def difference(

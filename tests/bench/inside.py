@@ -31,8 +31,8 @@ CAPTURES = {
     "the lens at all layers": {"names": "resid_post", "reduce": "lens", "k": 5},
 }
 SUBJECT, SINGLE = " Mary", 12
-CLEAN = "When Mary and John went to the store on a sunny day in May, John gave a bottle of milk to"
-CORRUPT = "When Mary and John went to the store on a sunny day in May, Mary gave a bottle of milk to"
+CLEAN = "When Mary and John went to the store on a warm and sunny day in May, John gave a bottle of milk to"
+CORRUPT = "When Mary and John went to the store on a warm and sunny day in May, Mary gave a bottle of milk to"
 """Prompts of the sweep, and how many of its cells are computed singly, to say how long all of them would take."""
 
 

@@ -139,35 +139,6 @@ def attention(
     return call(q, keys, values, positions[:, 0], count, scale=np.float32(scale))[0]
 
 
-def attention_of_runs(
-    q: Float[Array, "n k*g h"],
-    common: tuple[Float[Array, "t k h"], Float[Array, "t k h"]],
-    own: tuple[Float[Array, "n k h"], Float[Array, "n k h"]],
-    first: Int[Array, " r"],
-    last: Int[Array, " r"],
-    position: Int[Array, " n"],
-    scale: float,
-) -> Float[Array, "n k*g h"]:
-    """Attention of runs that differ from a common one from some position on, their tokens from there on packed.
-
-    Args:
-        q: Rotated queries of the packed tokens.
-        common: Rotated keys, and values, of the common run.
-        own: Those of the packed tokens.
-        first: Each run's first packed token; its others follow.
-        last: Each run's last one; before `first` for a run that has none.
-        position: The packed tokens' positions.
-        scale: Multiplies the scores.
-    """
-    _, heads, h = q.shape
-    results = (
-        jax.ShapeDtypeStruct(q.shape, jnp.float32),
-        _scratch("irkit_runs_scratch", first.shape[0], common[0].shape[0], heads, common[0].shape[1], h),
-    )
-    call = jax.ffi.ffi_call("irkit_attention_of_runs", results)
-    return call(q, *common, *own, first, last, position, scale=np.float32(scale))[0]
-
-
 def pattern(
     q: Float[Array, "b t k*g h"], keys: Float[Array, "b k c h"], positions: Int[Array, "b t"], scale: float
 ) -> Float[Array, "b k*g t c"]:
@@ -267,6 +238,58 @@ def layer(
         scale=np.float32(scale),
     )
     return resid, (keys, values), dict(zip(shown, asked, strict=True))
+
+
+def layer_of_runs(
+    block: dict[str, Any],
+    resid: Float[Array, "1 n d"],
+    common: tuple[Float[Array, "t k h"], Float[Array, "t k h"]],
+    beginning: tuple[Float[Array, "a d"], Int[Array, " n"]],
+    first: Int[Array, " r"],
+    last: Int[Array, " r"],
+    position: Int[Array, " n"],
+    rotation: tuple[Array, Array],
+    *,
+    eps: float,
+    scale: float,
+) -> Float[Array, "1 n d"]:
+    """A whole block in one call, of runs that differ from a common one from some position on, their tokens packed.
+
+    Args:
+        block: The block's parameters, its matrices packed.
+        resid: The packed tokens' stream; what is returned for those behind the last run is 0.
+        common: Rotated keys, and values, of the common run.
+        beginning: Streams, and for each packed token the one that its own becomes behind the attention, or -1.
+        first: Each run's first packed token; its others follow, and the next run's behind them.
+        last: Each run's last one; before `first` for a run that has none.
+        position: The packed tokens' positions.
+        rotation: Cosine and sine, `[1, n, 1, rotary]`.
+        eps: Of both norms.
+        scale: Multiplies the attention scores.
+    """
+    n, d_model, d_mlp = *resid.shape[1:], block["gate"].shape[0]
+    t, n_kv_heads, d_head = common[0].shape
+    n_heads = block["q"].shape[0] // d_head
+    sizes = first.shape[0], n, t, n_heads, n_kv_heads, d_head, d_model, d_mlp
+    results = jax.ShapeDtypeStruct(resid.shape, jnp.float32), _scratch("irkit_layer_of_runs_scratch", *sizes)
+    call = jax.ffi.ffi_call("irkit_layer_of_runs", results)
+    return call(
+        resid,
+        *common,
+        *beginning,
+        first,
+        last,
+        position,
+        *rotation,
+        block["ln1"],
+        block["ln2"],
+        *_matrices(block, MATRICES),
+        **_places(block, MATRICES),
+        n_heads=np.int64(n_heads),
+        d_mlp=np.int64(d_mlp),
+        eps=np.float32(eps),
+        scale=np.float32(scale),
+    )[0]
 
 
 def mlp(block: dict[str, Any], resid: Float[Array, "b t d"], *, eps: float) -> Float[Array, "b t d"]:

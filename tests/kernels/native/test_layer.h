@@ -123,29 +123,31 @@ void test_runs(int64_t group, int64_t d_head) {
     last[run] = (int32_t)position.size() - 1;
   }
   first[runs] = 1, last[runs] = 0;  // one without tokens
-  const int64_t tokens = (int64_t)position.size(), each = kv_heads * d_head;
-  const Floats q = normals(tokens * heads * d_head), common_keys = normals(length * each);
-  const Floats common_values = normals(length * each), keys = normals(tokens * each), values = normals(tokens * each);
+  const int64_t tokens = (int64_t)position.size(), each = kv_heads * d_head, stride = (heads + 2 * kv_heads) * d_head;
+  const Floats common_keys = normals(length * each), common_values = normals(length * each);
+  const Floats q = normals(tokens * stride);  // and behind each row of it k and v
+  const float* const keys = q.data() + heads * d_head;
+  const float* const values = keys + each;
   std::vector<uint8_t> scratch(runs_scratch(runs + 1, length, heads, kv_heads, d_head));
   for (int threads : kThreads) {
     set_threads(threads);
     Floats z(tokens * heads * d_head, kUntouched);
-    attend_runs({runs + 1, tokens, length, heads, kv_heads, d_head, first, last, position.data(), q.data(),
-                 common_keys.data(), common_values.data(), keys.data(), values.data(), 0.3f, z.data()}, scratch.data());
+    attend_runs({runs + 1, length, heads, kv_heads, d_head, first, last, position.data(), common_keys.data(),
+                 common_values.data(), q.data(), keys, values, stride, 0.3f, z.data()}, scratch.data());
     for (int64_t run = 0; run < runs; ++run) {
       for (int64_t head = 0; head < kv_heads; ++head) {
         Cache all_keys(length * d_head, false), all_values(length * d_head, false);
         for (int64_t at = 0; at <= position[last[run]]; ++at) {
           const bool own = at >= begin[run];
-          const int64_t from = ((own ? first[run] + at - begin[run] : at) * kv_heads + head) * d_head;
+          const int64_t from = (own ? (first[run] + at - begin[run]) * stride : at * each) + head * d_head;
           for (int64_t i = 0; i < d_head; ++i) {
-            all_keys.set(at * d_head + i, (own ? keys : common_keys)[from + i]);
-            all_values.set(at * d_head + i, (own ? values : common_values)[from + i]);
+            all_keys.set(at * d_head + i, (own ? keys : common_keys.data())[from + i]);
+            all_values.set(at * d_head + i, (own ? values : common_values.data())[from + i]);
           }
         }
         for (int64_t token = first[run]; token <= last[run]; ++token)
           for (int64_t of = head * group; of < (head + 1) * group; ++of)
-            check_attention("attend_runs", &z[(token * heads + of) * d_head], &q[(token * heads + of) * d_head], all_keys,
+            check_attention("attend_runs", &z[(token * heads + of) * d_head], &q[token * stride + of * d_head], all_keys,
                             all_values, 0, d_head, position[token] + 1, 0.3f);
       }
     }

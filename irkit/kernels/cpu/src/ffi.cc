@@ -130,46 +130,6 @@ ffi::Error attention(Floats q, ffi::AnyBuffer keys, ffi::AnyBuffer values, Ints 
   return ffi::Error::Success();
 }
 
-ffi::Error attention_of_runs(Floats q, Floats common_keys, Floats common_values, Floats keys, Floats values, Ints first,
-                             Ints last, Ints position, float scale, ffi::ResultBuffer<ffi::F32> z,
-                             ffi::ResultBuffer<ffi::U8> scratch) {
-  const Dimensions shape = q.dimensions(), common = common_keys.dimensions();
-  if (shape.size() != 3 || common.size() != 3) return wrong("attention of runs: shapes do not fit");
-  Runs r = {};
-  r.runs = (int64_t)first.element_count();
-  r.tokens = shape[0];
-  r.n_heads = shape[1];
-  r.d_head = shape[2];
-  r.length = common[0];
-  r.n_kv_heads = common[1];
-  const int64_t of_all = r.tokens * r.n_kv_heads * r.d_head;
-  if (common[2] != r.d_head || r.d_head % 16 || r.n_kv_heads < 1 || r.n_heads % r.n_kv_heads ||
-      common_values.element_count() != common_keys.element_count() || (int64_t)keys.element_count() != of_all ||
-      (int64_t)values.element_count() != of_all || (int64_t)last.element_count() != r.runs ||
-      (int64_t)position.element_count() != r.tokens || z->element_count() != q.element_count() ||
-      (int64_t)scratch->element_count() < runs_scratch(r.runs, r.length, r.n_heads, r.n_kv_heads, r.d_head))
-    return wrong("attention of runs: shapes do not fit");
-  r.first = first.typed_data();
-  r.last = last.typed_data();
-  r.position = position.typed_data();
-  for (int64_t run = 0; run < r.runs; ++run) {
-    const int64_t from = r.first[run], to = r.last[run];
-    if (to < from) continue;
-    if (from < 0 || to >= r.tokens || r.position[from] < 0 || r.position[from] + to - from >= r.length)
-      return wrong("attention of runs: tokens or positions do not fit");
-  }
-  r.q = q.typed_data();
-  r.common_keys = common_keys.typed_data();
-  r.common_values = common_values.typed_data();
-  r.keys = keys.typed_data();
-  r.values = values.typed_data();
-  r.scale = scale;
-  r.z = z->typed_data();
-  std::fill(r.z, r.z + q.element_count(), 0.0f);
-  attend_runs(r, scratch->typed_data());
-  return ffi::Error::Success();
-}
-
 ffi::Error look(Floats q, ffi::AnyBuffer keys, Ints positions, float scale, ffi::ResultBuffer<ffi::F32> out) {
   Attention a = {};
   if (!shape_keys(&a, q.dimensions(), keys, scale) || a.capacity < 1 ||
@@ -182,6 +142,33 @@ ffi::Error look(Floats q, ffi::AnyBuffer keys, Ints positions, float scale, ffi:
   return ffi::Error::Success();
 }
 
+// What a layer reads beside its stream and its cache, for `rows` tokens.
+ffi::Error set_layer(Layer* l, int64_t rows, int64_t d_model, int64_t heads, int64_t kv, int64_t d_mlp, int64_t d_head,
+                     const Floats& cos, const Floats& sin, const Floats& ln1, const Floats& ln2,
+                     std::initializer_list<const Bytes*> packed, ffi::RemainingArgs biases, ffi::Span<const int64_t> starts,
+                     ffi::Span<const int64_t> forms) {
+  if (starts.size() != 7 || forms.size() != 7) return wrong("layer: shapes do not fit");
+  l->rotary = rows ? (int64_t)cos.element_count() / rows : 0;
+  if (2 * l->rotary > d_head || cos.element_count() != sin.element_count() ||
+      (int64_t)cos.element_count() != rows * l->rotary || (int64_t)ln1.element_count() != d_model ||
+      (int64_t)ln2.element_count() != d_model)
+    return wrong("layer: the rotation or the norms have another size");
+  const Bytes* const* from = packed.begin();
+  const Packed matrices[] = {{&l->q, from[0], heads, d_model},    {&l->k, from[1], kv, d_model},
+                             {&l->v, from[2], kv, d_model},       {&l->o, from[3], d_model, heads},
+                             {&l->gate, from[4], d_mlp, d_model}, {&l->up, from[5], d_mlp, d_model},
+                             {&l->down, from[6], d_model, d_mlp}};
+  for (int i = 0; i < 7; ++i) {
+    const ffi::Error error = set_matrix("layer", matrices[i], starts[i], forms[i], biases, i);
+    if (error.failure()) return error;
+  }
+  l->cos = cos.typed_data();
+  l->sin = sin.typed_data();
+  l->ln1 = ln1.typed_data();
+  l->ln2 = ln2.typed_data();
+  return ffi::Error::Success();
+}
+
 ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                  Floats ln1, Floats ln2, Bytes q, Bytes k, Bytes v, Bytes o, Bytes gate, Bytes up, Bytes down,
                  ffi::RemainingArgs biases, ffi::Span<const int64_t> starts, ffi::Span<const int64_t> forms,
@@ -189,7 +176,7 @@ ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, f
                  ffi::ResultBuffer<ffi::F32> out, ffi::Result<ffi::AnyBuffer> new_keys,
                  ffi::Result<ffi::AnyBuffer> new_values, ffi::ResultBuffer<ffi::U8> scratch, ffi::RemainingRets asked) {
   const Dimensions shape = resid.dimensions(), cache = keys.dimensions();
-  if (shape.size() != 3 || cache.size() != 4 || starts.size() != 7 || forms.size() != 7) return wrong("layer: shapes do not fit");
+  if (shape.size() != 3 || cache.size() != 4) return wrong("layer: shapes do not fit");
   if (keys.untyped_data() != new_keys->untyped_data() || values.untyped_data() != new_values->untyped_data())
     return wrong("layer: the cache must be written in place");
   Layer l = {};
@@ -197,19 +184,10 @@ ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, f
   if (!shape_attention(&l.attention, Dimensions(dims, 4), keys, values, start, count, scale))
     return wrong("layer: shapes or positions do not fit");
   const Attention& a = l.attention;
-  const int64_t d_model = shape[2], rows = a.batch * a.tokens, heads = n_heads * a.d_head, kv = a.n_kv_heads * a.d_head;
-  l.rotary = rows ? (int64_t)cos.element_count() / rows : 0;
-  if (2 * l.rotary > a.d_head || cos.element_count() != sin.element_count() ||
-      (int64_t)cos.element_count() != rows * l.rotary || (int64_t)ln1.element_count() != d_model ||
-      (int64_t)ln2.element_count() != d_model)
-    return wrong("layer: the rotation or the norms have another size");
-  const Packed matrices[] = {{&l.q, &q, heads, d_model},       {&l.k, &k, kv, d_model},       {&l.v, &v, kv, d_model},
-                             {&l.o, &o, d_model, heads},       {&l.gate, &gate, d_mlp, d_model}, {&l.up, &up, d_mlp, d_model},
-                             {&l.down, &down, d_model, d_mlp}};
-  for (int i = 0; i < 7; ++i) {
-    const ffi::Error error = set_matrix("layer", matrices[i], starts[i], forms[i], biases, i);
-    if (error.failure()) return error;
-  }
+  const int64_t d_model = shape[2], rows = a.batch * a.tokens;
+  const ffi::Error error = set_layer(&l, rows, d_model, n_heads * a.d_head, a.n_kv_heads * a.d_head, d_mlp, a.d_head, cos,
+                                     sin, ln1, ln2, {&q, &k, &v, &o, &gate, &up, &down}, biases, starts, forms);
+  if (error.failure()) return error;
   if ((int64_t)scratch->element_count() <
       layer_scratch(a.batch, a.tokens, n_heads, a.n_kv_heads, a.d_head, a.capacity, d_model, d_mlp))
     return wrong("layer: too little scratch memory");
@@ -224,14 +202,57 @@ ffi::Error block(Floats resid, Ints start, Ints count, Floats cos, Floats sin, f
   }
   l.resid = resid.typed_data();
   l.out = out->typed_data();
-  l.cos = cos.typed_data();
-  l.sin = sin.typed_data();
   l.keys = new_keys->untyped_data();
   l.values = new_values->untyped_data();
-  l.ln1 = ln1.typed_data();
-  l.ln2 = ln2.typed_data();
   l.eps = eps;
   layer(l, scratch->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error block_of_runs(Floats resid, Floats common_keys, Floats common_values, Floats table, Ints begins, Ints first,
+                         Ints last, Ints position, Floats cos, Floats sin, Floats ln1, Floats ln2, Bytes q, Bytes k,
+                         Bytes v, Bytes o, Bytes gate, Bytes up, Bytes down, ffi::RemainingArgs biases,
+                         ffi::Span<const int64_t> starts, ffi::Span<const int64_t> forms, int64_t n_heads, int64_t d_mlp,
+                         float eps, float scale, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::U8> scratch) {
+  const Dimensions shape = resid.dimensions(), common = common_keys.dimensions(), rows = table.dimensions();
+  if (shape.size() != 3 || shape[0] != 1 || common.size() != 3 || rows.size() != 2) return wrong("runs: shapes do not fit");
+  const int64_t tokens = shape[1], d_model = shape[2];
+  Runs r = {};
+  r.runs = (int64_t)first.element_count();
+  r.length = common[0];
+  r.n_heads = n_heads;
+  r.n_kv_heads = common[1];
+  r.d_head = common[2];
+  r.scale = scale;
+  if (r.d_head % 16 || r.n_kv_heads < 1 || n_heads % r.n_kv_heads || rows[1] != d_model ||
+      common_values.element_count() != common_keys.element_count() || (int64_t)last.element_count() != r.runs ||
+      (int64_t)position.element_count() != tokens || (int64_t)begins.element_count() != tokens ||
+      out->element_count() != resid.element_count())
+    return wrong("runs: shapes do not fit");
+  Layer l = {};
+  const ffi::Error error = set_layer(&l, tokens, d_model, n_heads * r.d_head, r.n_kv_heads * r.d_head, d_mlp, r.d_head, cos,
+                                     sin, ln1, ln2, {&q, &k, &v, &o, &gate, &up, &down}, biases, starts, forms);
+  if (error.failure()) return error;
+  if ((int64_t)scratch->element_count() <
+      layer_of_runs_scratch(r.runs, tokens, r.length, n_heads, r.n_kv_heads, r.d_head, d_model, d_mlp))
+    return wrong("runs: too little scratch memory");
+  r.first = first.typed_data();
+  r.last = last.typed_data();
+  r.position = position.typed_data();
+  for (int64_t run = 0; run < r.runs; ++run) {
+    const int64_t from = r.first[run], to = r.last[run];
+    if (to < from) continue;
+    if (from < 0 || to >= tokens || r.position[from] < 0 || r.position[from] + to - from >= r.length)
+      return wrong("runs: tokens or positions do not fit");
+  }
+  for (int64_t token = 0; token < tokens; ++token)
+    if (begins.typed_data()[token] >= rows[0]) return wrong("runs: a stream that is not in the table");
+  r.common_keys = common_keys.typed_data();
+  r.common_values = common_values.typed_data();
+  l.resid = resid.typed_data();
+  l.out = out->typed_data();
+  l.eps = eps;
+  layer_of_runs(l, r, tokens, table.typed_data(), begins.typed_data(), scratch->typed_data());
   return ffi::Error::Success();
 }
 
@@ -317,9 +338,9 @@ extern "C" {
 IRKIT_API XLA_FFI_Error* irkit_take(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_linear(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_attention(XLA_FFI_CallFrame*);
-IRKIT_API XLA_FFI_Error* irkit_attention_of_runs(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_pattern(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_layer(XLA_FFI_CallFrame*);
+IRKIT_API XLA_FFI_Error* irkit_layer_of_runs(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_mlp(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_top_k(XLA_FFI_CallFrame*);
 IRKIT_API XLA_FFI_Error* irkit_sample(XLA_FFI_CallFrame*);
@@ -348,20 +369,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_attention, irkit::attention,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Attr<float>("scale")
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::U8>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_attention_of_runs, irkit::attention_of_runs,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<float>("scale")
@@ -408,6 +415,37 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_layer, irkit::block,
                                   .Ret<ffi::Buffer<ffi::U8>>()
                                   .RemainingRets());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_layer_of_runs, irkit::block_of_runs,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .RemainingArgs()
+                                  .Attr<ffi::Span<const int64_t>>("starts")
+                                  .Attr<ffi::Span<const int64_t>>("forms")
+                                  .Attr<int64_t>("n_heads")
+                                  .Attr<int64_t>("d_mlp")
+                                  .Attr<float>("eps")
+                                  .Attr<float>("scale")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_mlp, irkit::feed_forward,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::Buffer<ffi::F32>>()
@@ -439,7 +477,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(irkit_sample, irkit::draw,
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 IRKIT_API const char* irkit_handlers() {
-  return "irkit_take,irkit_linear,irkit_attention,irkit_attention_of_runs,irkit_pattern,irkit_layer,irkit_mlp,irkit_top_k,irkit_sample";
+  return "irkit_take,irkit_linear,irkit_attention,irkit_pattern,irkit_layer,irkit_layer_of_runs,irkit_mlp,irkit_top_k,irkit_sample";
 }
 
 IRKIT_API void irkit_set_threads(int32_t threads) { irkit::set_threads(threads); }
@@ -451,10 +489,6 @@ IRKIT_API int64_t irkit_attention_scratch(int64_t batch, int64_t tokens, int64_t
   return irkit::attention_scratch(batch, tokens, n_heads, n_kv_heads, d_head, capacity);
 }
 
-IRKIT_API int64_t irkit_runs_scratch(int64_t runs, int64_t length, int64_t n_heads, int64_t n_kv_heads, int64_t d_head) {
-  return irkit::runs_scratch(runs, length, n_heads, n_kv_heads, d_head);
-}
-
 IRKIT_API int64_t irkit_mlp_scratch(int64_t rows, int64_t d_model, int64_t d_mlp) {
   return irkit::mlp_scratch(rows, d_model, d_mlp);
 }
@@ -462,6 +496,11 @@ IRKIT_API int64_t irkit_mlp_scratch(int64_t rows, int64_t d_model, int64_t d_mlp
 IRKIT_API int64_t irkit_layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads,
                                       int64_t d_head, int64_t capacity, int64_t d_model, int64_t d_mlp) {
   return irkit::layer_scratch(batch, tokens, n_heads, n_kv_heads, d_head, capacity, d_model, d_mlp);
+}
+
+IRKIT_API int64_t irkit_layer_of_runs_scratch(int64_t runs, int64_t tokens, int64_t length, int64_t n_heads,
+                                              int64_t n_kv_heads, int64_t d_head, int64_t d_model, int64_t d_mlp) {
+  return irkit::layer_of_runs_scratch(runs, tokens, length, n_heads, n_kv_heads, d_head, d_model, d_mlp);
 }
 
 }  // extern "C"

@@ -185,10 +185,9 @@ struct LayerRoom {
   uint8_t* attention;
   int64_t bytes;
 
-  LayerRoom(uint8_t* memory, int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
-            int64_t capacity, int64_t d_model, int64_t d_mlp) {
+  LayerRoom(uint8_t* memory, int64_t rows, int64_t n_heads, int64_t n_kv_heads, int64_t d_head, int64_t d_model,
+            int64_t d_mlp, int64_t attention_bytes) {
     Scratch scratch(memory);
-    const int64_t rows = batch * tokens;
     model = tiles(scratch, rows, d_model);
     heads = tiles(scratch, rows, n_heads * d_head);
     mlp = tiles(scratch, rows, d_mlp);
@@ -196,7 +195,7 @@ struct LayerRoom {
     z = scratch.floats(rows * n_heads * d_head);
     resid = scratch.floats(rows * d_model);
     hidden = scratch.floats(rows * d_mlp);
-    attention = scratch.bytes(attention_scratch(batch, tokens, n_heads, n_kv_heads, d_head, capacity));
+    attention = scratch.bytes(attention_bytes);
     bytes = scratch.used();
   }
 };
@@ -208,6 +207,22 @@ void each(int64_t rows, const Work& one) {
   for (int64_t row = 0; row < rows; ++row) one(row);
 }
 
+// q, k and v of each row, one behind the other, of the stream that enters the layer.
+void project(const Layer& l, int64_t rows, Tiles model, float* qkv) {
+  const int64_t q = l.q.rows, kv = l.k.rows, stride = q + 2 * kv;
+  const Tiles x = prepared(model, l.resid, rows, l.ln1, l.eps, {&l.q, &l.k, &l.v});
+  const Product pq = product(l.q, x, qkv, stride), pk = product(l.k, x, qkv + q, stride),
+                pv = product(l.v, x, qkv + q + kv, stride);
+  multiply_all({&pq, &pk, &pv});
+}
+
+// Rotates so many heads of a row in place.
+void turn(const Layer& l, int64_t row, int64_t heads, int64_t d_head, float* x) {
+  const float* const cos = l.cos + row * l.rotary;
+  const float* const sin = l.sin + row * l.rotary;
+  for (int64_t head = 0; head < heads; ++head, x += d_head) kernels().rotate(x, cos, sin, l.rotary, d_head, x);
+}
+
 // Rotates q in place, and writes the rotated k, and v, into the cache.
 void remember(const Layer& l, float* qkv, int64_t rows) {
   const Attention& a = l.attention;
@@ -215,13 +230,8 @@ void remember(const Layer& l, float* qkv, int64_t rows) {
   each(rows, [&](int64_t row) {
     const int64_t b = row / a.tokens, t = row % a.tokens;
     if (t >= a.count[b]) return;
-    const float* cos = l.cos + row * l.rotary;
-    const float* sin = l.sin + row * l.rotary;
     float* const q = qkv + row * stride;
-    for (int64_t head = 0; head < a.n_heads + a.n_kv_heads; ++head) {
-      float* const x = q + head * a.d_head;
-      kernels().rotate(x, cos, sin, l.rotary, a.d_head, x);
-    }
+    turn(l, row, a.n_heads + a.n_kv_heads, a.d_head, q);
     for (int64_t head = 0; head < a.n_kv_heads; ++head) {
       const int64_t at = ((b * a.n_kv_heads + head) * a.capacity + a.start[b] + t) * a.d_head;
       const float* const k = q + (a.n_heads + head) * a.d_head;
@@ -301,7 +311,9 @@ void mlp(const Layer& l, int64_t rows, uint8_t* memory) {
 
 int64_t layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_kv_heads, int64_t d_head,
                       int64_t capacity, int64_t d_model, int64_t d_mlp) {
-  return LayerRoom(nullptr, batch, tokens, n_heads, n_kv_heads, d_head, capacity, d_model, d_mlp).bytes;
+  return LayerRoom(nullptr, batch * tokens, n_heads, n_kv_heads, d_head, d_model, d_mlp,
+                   attention_scratch(batch, tokens, n_heads, n_kv_heads, d_head, capacity))
+      .bytes;
 }
 
 int64_t runs_scratch(int64_t runs, int64_t length, int64_t n_heads, int64_t n_kv_heads, int64_t d_head) {
@@ -311,7 +323,7 @@ int64_t runs_scratch(int64_t runs, int64_t length, int64_t n_heads, int64_t n_kv
 
 void attend_runs(const Runs& r, uint8_t* scratch) {
   constexpr int64_t kAtOnce = 16;
-  const int64_t h = r.d_head, group = r.n_heads / r.n_kv_heads, stride = r.n_heads * h;
+  const int64_t h = r.d_head, group = r.n_heads / r.n_kv_heads, z_stride = r.n_heads * h;
   const int64_t each = runs_scratch(1, r.length, r.n_heads, r.n_kv_heads, h) / r.n_kv_heads;
   parallel(r.runs * r.n_kv_heads, [&](int64_t task) {
     const int64_t run = task / r.n_kv_heads, head = task % r.n_kv_heads;
@@ -323,14 +335,15 @@ void attend_runs(const Runs& r, uint8_t* scratch) {
     const int64_t begin = r.position[first];
     for (int64_t at = 0; at < begin + count; ++at) {
       const bool own = at >= begin;
-      const int64_t from = ((own ? first + at - begin : at) * r.n_kv_heads + head) * h;
+      const int64_t from = (own ? (first + at - begin) * r.stride : at * r.n_kv_heads * h) + head * h;
       std::copy_n((own ? r.keys : r.common_keys) + from, h, keys + at * h);
       std::copy_n((own ? r.values : r.common_values) + from, h, values + at * h);
     }
     for (int64_t i = 0; i < count; i += kAtOnce) {
-      const int64_t at = (first + i) * stride + head * group * h;
-      kernels().attend_many({r.q + at, r.z + at, stride, stride, group, h, begin + i + 1, (int)std::min(kAtOnce, count - i),
-                             {keys, false}, {values, false}, r.scale, room});
+      const int64_t token = first + i, at = head * group * h;
+      kernels().attend_many({r.q + token * r.stride + at, r.z + token * z_stride + at, r.stride, z_stride, group, h,
+                             begin + i + 1, (int)std::min(kAtOnce, count - i), {keys, false}, {values, false}, r.scale,
+                             room});
     }
   });
 }
@@ -377,7 +390,8 @@ int64_t width(const Layer& l, Point point) {
 void layer(const Layer& l, uint8_t* scratch) {
   Attention a = l.attention;
   const int64_t d_model = l.o.rows, d_mlp = l.down.cols, q = l.q.rows, kv = l.k.rows;
-  const LayerRoom room(scratch, a.batch, a.tokens, a.n_heads, a.n_kv_heads, a.d_head, a.capacity, d_model, d_mlp);
+  const LayerRoom room(scratch, a.batch * a.tokens, a.n_heads, a.n_kv_heads, a.d_head, d_model, d_mlp,
+                       attention_scratch(a.batch, a.tokens, a.n_heads, a.n_kv_heads, a.d_head, a.capacity));
   // Of a single sequence, the padding at the end is not computed at all.
   const int64_t rows = a.batch > 1 ? a.batch * a.tokens : std::min<int64_t>(a.count[0], a.tokens);
   const int64_t stride = q + 2 * kv;
@@ -391,10 +405,7 @@ void layer(const Layer& l, uint8_t* scratch) {
   };
 
   show_norm(l, l.resid, rows, kScale1, kNormalized1);
-  Tiles x = prepared(room.model, l.resid, rows, l.ln1, l.eps, {&l.q, &l.k, &l.v});
-  const Product pq = product(l.q, x, room.qkv, stride), pk = product(l.k, x, room.qkv + q, stride),
-                pv = product(l.v, x, room.qkv + q + kv, stride);
-  multiply_all({&pq, &pk, &pv});
+  project(l, rows, room.model, room.qkv);
   show(kQ, 0, q);
   show(kK, q, kv);
   show(kV, q + kv, kv);
@@ -408,7 +419,7 @@ void layer(const Layer& l, uint8_t* scratch) {
   a.z = shown[kZ] ? shown[kZ] : room.z;
   attend(a, room.attention);
 
-  x = prepared(room.heads, a.z, rows, nullptr, 0, {&l.o});
+  const Tiles x = prepared(room.heads, a.z, rows, nullptr, 0, {&l.o});
   float* const mid = shown[kResidMid] ? shown[kResidMid] : room.resid;
   add_to(l, l.resid, l.o, x, kAttnOut, mid);
 
@@ -418,6 +429,36 @@ void layer(const Layer& l, uint8_t* scratch) {
     const int64_t numbers = width(l, (Point)point);
     if (shown[point]) std::fill(shown[point] + rows * numbers, shown[point] + a.batch * a.tokens * numbers, 0.0f);
   }
+}
+
+int64_t layer_of_runs_scratch(int64_t runs, int64_t tokens, int64_t length, int64_t n_heads, int64_t n_kv_heads,
+                              int64_t d_head, int64_t d_model, int64_t d_mlp) {
+  return LayerRoom(nullptr, tokens, n_heads, n_kv_heads, d_head, d_model, d_mlp,
+                   runs_scratch(runs, length, n_heads, n_kv_heads, d_head))
+      .bytes;
+}
+
+void layer_of_runs(const Layer& l, Runs r, int64_t tokens, const float* table, const int32_t* begins, uint8_t* scratch) {
+  const int64_t d_model = l.o.rows, q = l.q.rows, kv = l.k.rows;
+  const LayerRoom room(scratch, tokens, r.n_heads, r.n_kv_heads, r.d_head, d_model, l.down.cols,
+                       runs_scratch(r.runs, r.length, r.n_heads, r.n_kv_heads, r.d_head));
+  int64_t rows = 0;  // what lies behind the last run is not computed
+  for (int64_t run = 0; run < r.runs; ++run)
+    if (r.first[run] <= r.last[run]) rows = std::max<int64_t>(rows, r.last[run] + 1);
+  r.stride = q + 2 * kv;
+  r.q = room.qkv;
+  r.keys = r.q + q;
+  r.values = r.keys + kv;
+  r.z = room.z;
+
+  project(l, rows, room.model, room.qkv);
+  each(rows, [&](int64_t row) { turn(l, row, r.n_heads + r.n_kv_heads, r.d_head, room.qkv + row * r.stride); });
+  attend_runs(r, room.attention);
+  add_to(l, l.resid, l.o, prepared(room.heads, r.z, rows, nullptr, 0, {&l.o}), kAttnOut, room.resid);
+  for (int64_t row = 0; row < rows; ++row)
+    if (begins[row] >= 0) std::copy_n(table + begins[row] * d_model, d_model, room.resid + row * d_model);
+  feed_forward(l, room.resid, rows, room.model, room.mlp, room.hidden);
+  std::fill(l.out + rows * d_model, l.out + tokens * d_model, 0.0f);
 }
 
 }  // namespace irkit

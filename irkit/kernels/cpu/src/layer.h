@@ -34,19 +34,20 @@ void attend(const Attention& a, uint8_t* scratch);
 void pattern(const Attention& a, const int32_t* positions, float* out);
 
 // Runs that differ from a common one from some position on. Of each, the tokens from there on lie in a row among all
-// packed tokens, from `first` to `last`: queries [tokens, n_heads, d_head], keys and values [tokens, n_kv_heads, d_head].
-// What stands before them is the common run's, [length, n_kv_heads, d_head]. z is as the queries; runs with `last`
-// before `first` have no tokens.
+// packed tokens, from `first` to `last`: their queries [n_heads, d_head], keys and values [n_kv_heads, d_head] lie
+// `stride` numbers apart. What stands before them is the common run's, [length, n_kv_heads, d_head]. z is [tokens,
+// n_heads, d_head]; runs with `last` before `first` have no tokens.
 struct Runs {
-  int64_t runs, tokens, length, n_heads, n_kv_heads, d_head;
+  int64_t runs, length, n_heads, n_kv_heads, d_head;
   const int32_t* first;
   const int32_t* last;
   const int32_t* position;  // [tokens]
-  const float* q;
   const float* common_keys;
   const float* common_values;
+  const float* q;
   const float* keys;
   const float* values;
+  int64_t stride;
   float scale;
   float* z;
 };
@@ -83,5 +84,11 @@ int64_t width(const Layer& l, Point point);  // of a row
 int64_t mlp_scratch(int64_t rows, int64_t d_model, int64_t d_mlp);
 void mlp(const Layer& l, int64_t rows, uint8_t* scratch);
 void layer(const Layer& l, uint8_t* scratch);
+// A layer of runs, of which `tokens` are packed: what `r` says of queries, keys, values and z is the layer's own affair,
+// and of `l` its attention is not read. Behind its attention, the stream of tokens whose `begins` is not negative
+// becomes that row of `table`.
+int64_t layer_of_runs_scratch(int64_t runs, int64_t tokens, int64_t length, int64_t n_heads, int64_t n_kv_heads,
+                              int64_t d_head, int64_t d_model, int64_t d_mlp);
+void layer_of_runs(const Layer& l, Runs r, int64_t tokens, const float* table, const int32_t* begins, uint8_t* scratch);
 
 }  // namespace irkit
