@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from irkit.engine.runtime import BATCH
+from irkit.engine.runtime import BATCHES
+from irkit.engine.tapping import joined
 from irkit.transformer.sampling import everything
+from irkit.transformer.taps import POINTS, Operands, split
 
 if TYPE_CHECKING:
     from irkit.engine.cache import Cache
@@ -41,21 +43,30 @@ class Decode:
 
     @property
     def kind(self) -> Hashable:
-        """What captures or edits is computed by itself."""
-        return id(self) if self.tapping else (id(self.runtime), self.capacity)
+        """Those that capture and edit the same hook points are computed together, but where a function does it: it may
+        know of one answer only."""
+        if self.tapping.spec.calls:
+            return id(self)
+        return id(self.runtime), self.capacity, self.tapping.kind(self.capacity)
+
+    @property
+    def operands(self) -> Operands:
+        """Of its tapping, for the token that is read."""
+        return self.tapping.operands(self.capacity, len(self.cache.ids), 1)
 
     def together(self, steps: Sequence[Decode]) -> list[tuple[Sampled, dict[str, Any]]]:
         """What was drawn, `[token, 1]` on the host, and what was captured, for each of `steps`.
 
         Where one of them can draw but one token a call, so do those beside it.
         """
-        top = any(step.top for step in steps)
-        several = len(steps) > 1 and self.runtime.can_batch(self.capacity, top)
-        batches = _arranged(self.runtime, self.capacity, [step.cache for step in steps]) if several else []
-        drawn: dict[Cache, Sampled] = {}
-        for batch in batches:
-            drawn |= batch.decode([step for step in steps if step.cache.batch is batch], top)
-        return [(drawn[step.cache], {}) if step.cache in drawn else alone(step) for step in steps]
+        made: dict[Cache, tuple[Sampled, dict[str, Any]]] = {}
+        if len(steps) > 1:
+            top = any(step.top for step in steps)
+            how = top, self.tapping.spec, self.operands
+            sizes = [size for size in BATCHES if self.runtime.can_batch(size, self.capacity, *how)]
+            for batch in _arranged(self, [step.cache for step in steps], sizes):
+                made |= batch.decode([step for step in steps if step.cache.batch is batch], top)
+        return [made.get(step.cache) or alone(step) for step in steps]
 
 
 def alone(step: Decode) -> tuple[Sampled, dict[str, Any]]:
@@ -63,7 +74,8 @@ def alone(step: Decode) -> tuple[Sampled, dict[str, Any]]:
     runtime, cache = step.runtime, step.cache
     arrays = room(runtime, cache, runtime.at_once)
     tokens, start = np.array([[step.token]], np.int32), np.array([len(cache.ids)], np.int32)
-    how = step.settings, step.top, step.tapping, step.allowed
+    taps = step.tapping.spec, step.tapping.operands(arrays.capacity, len(cache.ids), 1)
+    how = step.settings, step.top, *taps, step.allowed
     cache.arrays, sampled, captures = runtime.decode(arrays, tokens, start, *how)
     return sampled, captures
 
@@ -71,12 +83,14 @@ def alone(step: Decode) -> tuple[Sampled, dict[str, Any]]:
 class Batch:
     """A KV cache of several rows, each of which holds what belongs to one answer's `Cache` for the time being."""
 
-    def __init__(self, runtime: Runtime, capacity: int) -> None:
-        self._runtime = runtime
-        self.capacity = capacity
-        self.rows: list[Cache | None] = [None] * BATCH
-        self._arrays = runtime.empty(capacity, BATCH)
-        self._settings: tuple[list[Settings], Settings] | None = None
+    def __init__(self, first: Decode, size: int) -> None:
+        """Of `size` rows, for steps of the kind of `first`."""
+        self._runtime = first.runtime
+        self.kind = first.kind
+        self.capacity = first.capacity
+        self.rows: list[Cache | None] = [None] * size
+        self._arrays = self._runtime.empty(self.capacity, size)
+        self._joined: tuple[list[Any], Settings, Operands] | None = None
 
     def __len__(self) -> int:
         return sum(row is not None for row in self.rows)
@@ -100,53 +114,78 @@ class Batch:
         if not len(self):
             self._runtime.batches.remove(self)
 
-    def decode(self, steps: Sequence[Decode], top: bool) -> dict[Cache, Sampled]:
-        """What was drawn for these, all of them in the batch.
+    def decode(self, steps: Sequence[Decode], top: bool) -> dict[Cache, tuple[Sampled, dict[str, Any]]]:
+        """What was drawn and captured for these, all of them in the batch.
 
         Whoever else is in it leaves: the other rows are computed for nothing, and written over.
         """
         for other in {*filter(None, self.rows)} - {step.cache for step in steps}:
             self.give_back(other)
-        tokens, start = np.zeros((BATCH, 1), np.int32), np.zeros(BATCH, np.int32)
-        settings, allowed = [steps[0].settings] * BATCH, None
+        size = len(self.rows)
+        tokens, start, by_row = np.zeros((size, 1), np.int32), np.zeros(size, np.int32), [steps[0]] * size
+        allowed = None
         if any(step.allowed is not None for step in steps):
-            allowed = everything(BATCH, self._runtime.config.d_vocab)
+            allowed = everything(size, self._runtime.config.d_vocab)
         for step in steps:
             row = self.rows.index(step.cache)
-            tokens[row], start[row], settings[row] = step.token, len(step.cache.ids), step.settings
+            tokens[row], start[row], by_row[row] = step.token, len(step.cache.ids), step
             if allowed is not None and step.allowed is not None:
                 allowed[row] = step.allowed
-        how = self._joined(settings), top, steps[0].tapping, allowed
-        self._arrays, drawn, _ = self._runtime.decode(self._arrays, tokens, start, *how)
-        rows = {step.cache: self.rows.index(step.cache) for step in steps}
-        return {cache: jax.tree.map(lambda x, row=row: x[:, row : row + 1], drawn) for cache, row in rows.items()}
+        settings, operands = self._of_all(by_row)
+        how = settings, top, steps[0].tapping.spec, operands, allowed
+        self._arrays, drawn, captures = self._runtime.decode(self._arrays, tokens, start, *how)
+        made = {}
+        for step in steps:
+            row = self.rows.index(step.cache)
+            mine = jax.tree.map(lambda x, row=row: x[:, row : row + 1], drawn)
+            made[step.cache] = mine, {name: _of_row(name, value, row) for name, value in captures.items()}
+        return made
 
-    def _joined(self, settings: list[Settings]) -> Settings:
+    def _of_all(self, steps: Sequence[Decode]) -> tuple[Settings, Operands]:
         """Of all rows; they are the same from call to call, until an answer comes or goes."""
-        if self._settings is None or any(a is not b for a, b in zip(self._settings[0], settings, strict=True)):
-            self._settings = settings, jax.tree.map(lambda *each: jnp.concatenate(each), *settings)
-        return self._settings[1]
+        now = [each for step in steps for each in (step.settings, step.tapping)]
+        if self._joined is None or any(a is not b for a, b in zip(self._joined[0], now, strict=True)):
+            settings = jax.tree.map(lambda *each: jnp.concatenate(each), *(step.settings for step in steps))
+            self._joined = now, settings, joined([step.operands for step in steps])
+        return self._joined[1:]
 
 
-def _arranged(runtime: Runtime, capacity: int, caches: Sequence[Cache]) -> list[Batch]:
-    """The batches that these caches are in now: as few as can be, and none with a single one.
+def _of_row(name: str, captured: Any, row: int) -> Any:
+    """What was captured of one row: a copy, or the memory of all rows would be held as long as it."""
+    point, layer = split(name)
+    # Its first axis is the token's, and the second the layer's, where all layers are in one array.
+    axis = 2 if layer is None and POINTS[point].per_layer else 1
+    return jax.tree.map(lambda x: np.take(np.asarray(x), [row], axis), captured)
 
-    Whoever is in a batch stays there, as long as it is not by itself.
+
+def _arranged(first: Decode, caches: Sequence[Cache], sizes: Sequence[int]) -> list[Batch]:
+    """The batches that these caches, for steps of the kind of `first`, are in now: as few as can be of these sizes,
+    and none with a single one.
+
+    Whoever is in a batch stays there, as long as at least half of it is used.
     """
+    kind, largest = first.kind, max(sizes, default=0)
     for cache in caches:
-        if cache.batch is not None and (cache.batch.capacity != capacity or len(cache.batch) == 1):
-            cache.batch.give_back(cache)
-    batches = [batch for batch in runtime.batches if batch.capacity == capacity]
+        held = cache.batch
+        if held is not None and (held.kind != kind or len(held.rows) not in sizes or 2 * len(held) < len(held.rows)):
+            held.give_back(cache)
+    batches = [batch for batch in first.runtime.batches if batch.kind == kind and len(batch.rows) in sizes]
     outside = [cache for cache in caches if cache.batch is None]
-    for batch in batches:
-        while outside and len(batch) < BATCH:
+    for batch in sorted(batches, key=lambda batch: -len(batch.rows)):
+        while outside and len(batch) < len(batch.rows):
             batch.take_in(outside.pop(0))
-    while len(outside) > 1:
-        runtime.batches.append(batch := Batch(runtime, capacity))
-        batches.append(batch)
-        for cache in outside[:BATCH]:
+        if outside and len(batch.rows) < largest:  # it is full, and there is a larger size
+            batches.remove(batch)
+            for cache in filter(None, tuple(batch.rows)):
+                batch.give_back(cache)
+            outside = [cache for cache in caches if cache.batch is None]
+    while len(outside) > 1 and sizes:
+        size = next((size for size in sizes if size >= len(outside)), largest)
+        batches.append(batch := Batch(first, size))
+        first.runtime.batches.append(batch)
+        for cache in outside[:size]:
             batch.take_in(cache)
-        del outside[:BATCH]
+        del outside[:size]
     return batches
 
 

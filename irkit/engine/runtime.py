@@ -17,7 +17,7 @@ from irkit import families
 from irkit.engine import backends, sharding, steps, weights
 from irkit.engine.cache import SMALLEST
 from irkit.engine.programs import Device, Program, load_or_compile
-from irkit.engine.tapping import Tapping
+from irkit.engine.tapping import Tapping, joined
 from irkit.kernels import cpu
 from irkit.kernels.cpu import library
 from irkit.options import SamplingOptions
@@ -38,7 +38,7 @@ FEW_CHUNKS = (32, 128, 512)
 """The same for the CPU's kernels, which do not compute padding, and read a single token otherwise than several."""
 AT_ONCE = 4
 """Tokens that one call decodes where a call costs much beside a token."""
-BATCH = 4
+BATCHES = (4, 8)
 """Answers that one call decodes for. It reads all weights in any case: with four rows it takes little longer."""
 _SMALL_BYTES = 400e6
 """Weights up to which that is so: four tokens of such a model come within a tenth of a second."""
@@ -105,7 +105,7 @@ class Runtime:
         # One thread, in the order of need: two would make the first program wait for the second.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
         self._prepared: set[tuple[int, int, bool]] = set()
-        self._batched: dict[tuple[int, bool], Future[None]] = {}
+        self._batched: dict[tuple[Any, ...], Future[None]] = {}
         self.batches: list[Batch] = []
         # What nearly every answer begins with: loaded or compiled while the weights are being read.
         capacity = min(SMALLEST, model.config.n_ctx)
@@ -251,7 +251,8 @@ class Runtime:
         start: np.ndarray,
         settings: Settings,
         top: bool,
-        tapping: Tapping = _NOTHING,
+        spec: Spec = _NO_SPEC,
+        operands: Operands = _NO_OPERANDS,
         allowed: np.ndarray | None = None,
     ) -> tuple[KVCache, Sampled, dict[str, Any]]:
         """Read `tokens` `[b, 1]`, which stand at `start` `[b]`, and draw the next `at_once` of each row: the first
@@ -261,8 +262,7 @@ class Runtime:
         nobody knows yet what may follow it.
         """
         rows, count = len(tokens), self.at_once if allowed is None else 1
-        operands = tapping.operands(cache.capacity, int(start[0]), 1)
-        program = self._decoder(cache.capacity, top, tapping.spec, operands, rows)
+        program = self._decoder(cache.capacity, top, spec, operands, rows)
         choice = settings, self._allowed(allowed, rows)
         cache, sampled, captures = self._call(program, cache, tokens, start, np.int32(count), *choice, operands)
         return cache, jax.tree.map(lambda drawn: drawn[:count], jax.device_get(sampled)), captures
@@ -280,31 +280,33 @@ class Runtime:
         rest = np.int32(0), settings, sampling.everything(rows, self.config.d_vocab), operands
         return self._text_program(steps.decode, 1, capacity, *rest, rows=rows, **static)
 
-    def can_batch(self, capacity: int, top: bool) -> bool:
-        """Whether the programs are there that decode for several answers; if not, they are compiled beside what goes
-        on, and answers are made one by one until then."""
-        key = capacity, top
+    def can_batch(self, rows: int, capacity: int, top: bool, spec: Spec, operands: Operands) -> bool:
+        """Whether the programs are there that decode for so many answers; if not, they are compiled beside what goes
+        on, and answers are made one by one until then. `operands` are those of one of them."""
+        shapes = [(leaf.shape, leaf.dtype.char) for leaf in jax.tree.leaves(operands)]
+        key = rows, capacity, top, spec, *shapes
         if key not in self._batched:
-            self._batched[key] = self._background.submit(self._prepare_batch, *key)
+            self._batched[key] = self._background.submit(self._prepare_batch, rows, capacity, top, spec, operands)
         return self._batched[key].done()
 
-    def _prepare_batch(self, capacity: int, top: bool) -> None:
-        self._decoder(capacity, top, rows=BATCH)
-        self._row_program(kv.put_row, capacity, self._cache(capacity))
-        self._row_program(kv.take_row, capacity)
+    def _prepare_batch(self, rows: int, capacity: int, top: bool, spec: Spec, operands: Operands) -> None:
+        self._decoder(capacity, top, spec, joined([operands] * rows), rows)
+        self._row_program(kv.put_row, rows, capacity, self._cache(capacity))
+        self._row_program(kv.take_row, rows, capacity)
 
     def put_row(self, cache: KVCache, one: KVCache, row: int) -> KVCache:
         """`cache` with what `one` holds in its row; both of the same capacity. `cache` is taken over."""
-        return self._row_program(kv.put_row, cache.capacity, self._cache(cache.capacity))(cache, np.int32(row), one)
+        one_row = self._cache(cache.capacity)
+        return self._row_program(kv.put_row, len(cache.tokens), cache.capacity, one_row)(cache, np.int32(row), one)
 
     def take_row(self, cache: KVCache, row: int) -> KVCache:
         """A cache of one row: a copy."""
-        return self._row_program(kv.take_row, cache.capacity)(cache, np.int32(row))
+        return self._row_program(kv.take_row, len(cache.tokens), cache.capacity)(cache, np.int32(row))
 
-    def _row_program(self, function: Callable[..., Any], capacity: int, *rest: Any) -> Program:
+    def _row_program(self, function: Callable[..., Any], rows: int, capacity: int, *rest: Any) -> Program:
         donate = 0 if function is kv.put_row else None
-        arguments = self._cache(capacity, BATCH), np.int32(0), *rest
-        return self._program(function, (capacity,), lambda: arguments, donate=donate)
+        arguments = self._cache(capacity, rows), np.int32(0), *rest
+        return self._program(function, (rows, capacity), lambda: arguments, donate=donate)
 
     def _reader(
         self,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 
 from irkit.edits import Chosen, Edit
@@ -41,6 +42,7 @@ class Tapping:
     rows: int = 1
     """How many texts there are."""
     _made: dict[tuple[int, ...], Operands] = field(default_factory=dict, repr=False, compare=False)
+    _kinds: dict[int, Hashable] = field(default_factory=dict, repr=False, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.spec)
@@ -60,6 +62,15 @@ class Tapping:
         """Only the edits."""
         spec = Spec((), self.spec.edits)
         return Tapping(spec, edits=self.edits, config=self.config, length=self.length, rows=self.rows)
+
+    def kind(self, capacity: int) -> Hashable:
+        """Equal for those whose operands `joined` can take, for a call that reads one token."""
+        if not self.spec:
+            return None
+        if capacity not in self._kinds:
+            shapes = tuple((leaf.shape, leaf.dtype.char) for leaf in jax.tree.leaves(self.operands(capacity, 0, 1)))
+            self._kinds[capacity] = self.spec, tuple(self.layers.items()), tuple(self.heads.items()), shapes
+        return self._kinds[capacity]
 
     def operands(self, capacity: int, start: int = 0, size: int = 0) -> Operands:
         """The arrays for a cache of this capacity, and for a call that reads `size` tokens from `start` on."""
@@ -118,6 +129,12 @@ class Tapping:
         if value is not None:
             value = _padded(value, point, capacity)
         return EditOperand(layers, positions, heads, strength, value)  # pyright: ignore[reportArgumentType]
+
+
+def joined(operands: Sequence[Operands]) -> Operands:
+    """The operands of one call for several texts, each of which has its own edits; what they capture is the same."""
+    edits = zip(*(each.edits for each in operands), strict=True)
+    return operands[0]._replace(edits=tuple(jax.tree.map(lambda *rows: np.concatenate(rows), *each) for each in edits))
 
 
 def tapping(

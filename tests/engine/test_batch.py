@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 import irkit
-from irkit.engine.runtime import BATCH, Runtime
+from irkit import edits
+from irkit.engine.runtime import BATCHES, Runtime
 from irkit.engine.worker import DEVICE, MOST
 from irkit.kernels.cpu import library
 from irkit.results import Generation
+from irkit.transformer.taps import Operands, Spec
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the extension is not installed")
-PROMPTS = [[7 + i, *range(20 + i, 30 + 3 * i)] for i in range(BATCH + 2)]
+FEW, MANY = BATCHES
+PROMPTS = [[7 + i, *range(20 + i, 30 + 3 * i)] for i in range(FEW + 2)]
 OPTIONS: dict[str, Any] = {"temperature": 1.0, "seed": 5, "num_predict": 21, "logit_bias": {257: -100.0}}
 
 
@@ -27,11 +30,18 @@ def small(
 ) -> Iterator[irkit.Session]:
     path = write_model(tmp_path_factory.mktemp("models") / "small.gguf", request.param)
     with irkit.Session(path, backend="cpu", num_ctx=512) as session:
-        runtime = session.model.load().result()
-        for top in (False, True):
-            runtime.can_batch(512, top)
-            runtime._batched[512, top].result()
+        prepare(session, 512)
         yield session
+
+
+def prepare(session: irkit.Session, capacity: int, *, tops: tuple[bool, ...] = (False, True)) -> None:
+    """Have what decodes for several, and whatever else was asked for, compiled."""
+    runtime = session.model.load().result()
+    for size in BATCHES:
+        for top in tops:
+            runtime.can_batch(size, capacity, top, Spec(), Operands())
+    for compiled in runtime._batched.values():
+        compiled.result()
 
 
 @pytest.fixture
@@ -109,7 +119,22 @@ def test_answers_are_those_of_one_by_one(small: irkit.Session, calls: list[tuple
     else:
         assert [text for text, *_ in found] == [text for text, *_ in expected]
     batched = [rows for kind, rows in calls if kind == "decode"]
-    assert batched.count(BATCH) >= 5, "they are decoded together"
+    assert batched.count(MANY) >= 4, "they are decoded together"
+    idle(small)
+
+
+def test_a_batch_is_as_large_as_it_must_be(small: irkit.Session, calls: list[tuple[str, int]]) -> None:
+    lengths = [60, 60, 80, 80, 120, 120]
+    asks = [
+        lambda s, prompt=prompt, length=length: s.generate(prompt, **dict(OPTIONS, num_predict=length))
+        for prompt, length in zip(PROMPTS, lengths, strict=True)
+    ]
+    expected = [alone(small, ask).text for ask in asks]
+    calls.clear()
+    assert [each.text for each in together(small, asks)] == expected
+    rows = [size for kind, size in calls if kind == "decode"]
+    changes = [size for i, size in enumerate(rows) if rows[i - 1 : i] != [size]]
+    assert changes[:4] == [1, FEW, MANY, FEW], "they come one by one; and two of eight are fewer than half"
     idle(small)
 
 
@@ -159,27 +184,62 @@ def test_a_long_prompt_does_not_hold_up_the_others(small: irkit.Session, calls: 
     idle(small)
 
 
-def test_an_answer_with_captures_or_edits_has_its_own_way(small: irkit.Session) -> None:
-    edits = [irkit.ablate("attn_out", layers=0)]
-
-    def captured(s: irkit.Session) -> Generation:
-        return s.generate(PROMPTS[0], capture=["pattern"], **OPTIONS)
-
-    def edited(s: irkit.Session) -> Generation:
-        return s.generate(PROMPTS[0], edits=edits, **OPTIONS)
-
-    def plain(s: irkit.Session) -> Generation:
-        return s.generate(PROMPTS[0], **OPTIONS)
-
-    asks = [captured, edited, plain, plain]
+def test_answers_with_the_same_captures_or_edits_are_made_together(
+    small: irkit.Session, calls: list[tuple[str, int]]
+) -> None:
+    vector = np.random.default_rng(0).normal(size=small.model.config.d_model).astype(np.float32)
+    kinds: list[dict[str, Any]] = [
+        {"capture": ["pattern", "ln_final.scale"]},
+        {"capture": ["pattern", "ln_final.scale"]},
+        {"capture": {"names": "resid_post", "layers": 1}, "edits": [irkit.steer(vector, 0, strength=1.0)]},
+        {"capture": {"names": "resid_post", "layers": 1}, "edits": [irkit.steer(vector, 1, strength=-3.0)]},
+        {},
+        {},
+    ]
+    asks = [
+        lambda s, prompt=prompt, kind=kind: s.generate(prompt, **kind, **OPTIONS)
+        for prompt, kind in zip(PROMPTS, kinds, strict=True)
+    ]
     expected = [alone(small, ask) for ask in asks]
+    together(small, asks)  # asks for the programs
+    prepare(small, 512)
+    small.pooled().reset()
+    calls.clear()
     found = together(small, asks)
-    assert [told(each) for each in found] == [told(each) for each in expected]
-    assert found[1].text != found[2].text
-    for mine, its in zip(found[0].tokens, expected[0].tokens, strict=True):
-        assert mine.captures is not None
-        assert its.captures is not None
-        np.testing.assert_array_equal(mine.captures["pattern", 1], its.captures["pattern", 1])
+    rows = [size for kind, size in calls if kind == "decode"]
+    assert set(rows) == {1, FEW}
+    assert rows.count(FEW) >= 3 * 4, "two of each kind, from when the second has come"
+    for mine, its, kind in zip(found, expected, kinds, strict=True):
+        assert (told(mine) if bits_are_the_same(small) else mine.text) == (
+            told(its) if bits_are_the_same(small) else its.text
+        )
+        for token, same in zip(mine.tokens if kind else (), its.tokens, strict=False):
+            assert token.captures is not None
+            assert same.captures is not None
+            assert token.captures.provenance.positions == same.captures.provenance.positions
+            assert list(token.captures) == list(same.captures)
+            for name in token.captures:
+                np.testing.assert_allclose(
+                    token.captures[name], same.captures[name], rtol=1e-5, atol=1e-6, err_msg=name
+                )
+    idle(small)
+
+
+def test_an_answer_changed_by_a_function_has_its_own_way(small: irkit.Session, calls: list[tuple[str, int]]) -> None:
+    seen = set[int]()
+
+    def halve(value: Any, hook: Any) -> Any:
+        seen.add(value.shape[0])
+        return value * 0.5
+
+    def changed(s: irkit.Session) -> Generation:
+        return s.generate(PROMPTS[0], edits=[edits.call("attn_out", halve, layers=0)], **OPTIONS)
+
+    expected = told(alone(small, changed))
+    calls.clear()
+    assert [told(each) for each in together(small, [changed, changed])] == [expected] * 2
+    assert seen == {1}
+    assert {size for kind, size in calls if kind == "decode"} == {1}
     idle(small)
 
 
@@ -193,8 +253,8 @@ def test_what_earlier_answers_read_is_not_read_again(small: irkit.Session) -> No
     on = several.generate(went_on, **OPTIONS).wait()
     assert on.stats.cached_tokens == len(went_on) - 2, "the other did not take away what the first has left"
     assert on.text == alone(small, lambda s: s.generate(went_on, **OPTIONS)).text
-    edits = [irkit.ablate("attn_out", layers=0)]
-    assert several.generate([*opening, 3], edits=edits, **OPTIONS).wait().stats.cached_tokens == 0
+    changed = [irkit.ablate("attn_out", layers=0)]
+    assert several.generate([*opening, 3], edits=changed, **OPTIONS).wait().stats.cached_tokens == 0
     assert several.generate([*opening, 6], **OPTIONS).wait().stats.cached_tokens == len(opening)
 
 
@@ -250,7 +310,7 @@ def test_a_call_that_fails_ends_the_answers_in_it_and_no_others(
     decode, failed = Runtime.decode, threading.Event()
 
     def fails_once(self: Runtime, cache: Any, tokens: Any, *rest: Any) -> Any:
-        if len(tokens) == BATCH and not failed.is_set():
+        if len(tokens) == FEW and not failed.is_set():
             failed.set()
             raise MemoryError("no more")
         return decode(self, cache, tokens, *rest)
@@ -278,10 +338,8 @@ def test_a_cache_that_grows_goes_on_in_a_larger_batch(
 ) -> None:
     monkeypatch.setattr("irkit.engine.cache.SMALLEST", 64)
     with irkit.Session(write_model(tmp_path / "small.gguf", "Q8_0"), backend="cpu") as session:
-        runtime = session.model.load().result()
         for capacity in (64, 128):
-            runtime.can_batch(capacity, False)
-            runtime._batched[capacity, False].result()
+            prepare(session, capacity, tops=(False,))
         prompts = [[1, *range(50)], [2, *range(10)], [3, *range(40)]]
         options = dict(OPTIONS, num_predict=60)
         expected = [alone(session, lambda s, p=p: s.generate(p, **options)).text for p in prompts]

@@ -18,6 +18,7 @@ from irkit.engine.runtime import Runtime
 from irkit.errors import OptionError
 from irkit.results import Generation
 from irkit.tokenizer import from_gguf
+from irkit.transformer.taps import Operands, Spec
 
 WORD = {"type": "string", "maxLength": 12}
 PERSON = {
@@ -140,8 +141,9 @@ def test_a_token_is_drawn_from_what_is_left(exact_session: irkit.Session, option
 def test_beside_others_it_is_what_it_is_alone(session: irkit.Session) -> None:
     runtime = session.model.load().result()
     for top in (False, True):
-        runtime.can_batch(512, top)
-        runtime._batched[512, top].result()
+        runtime.can_batch(4, 512, top, Spec(), Operands())
+    for compiled in runtime._batched.values():
+        compiled.result()
     asks: list[dict[str, Any]] = [
         {"prompt": PROMPT, "format": PERSON, "seed": 1},
         {"prompt": "Once upon a time", "seed": 2},

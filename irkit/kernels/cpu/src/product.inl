@@ -120,8 +120,8 @@ constexpr int64_t kFloatsAhead = 512;
 
 template <int form, int n>
 void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const uint8_t* tile, float* out) {
-  // With few rows the sums of one column would wait for each other: several are kept.
-  constexpr int ways = n > kSeveralSums ? 1 : 4;
+  // With few rows the sums of one column would wait for each other: two of each are kept.
+  constexpr int ways = n > kSeveralSums ? 1 : 2;
   const float* a = (const float*)tile;
   Vec total[ways][n];
   IRKIT_UNROLL

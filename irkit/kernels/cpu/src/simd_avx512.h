@@ -15,7 +15,7 @@ using Acc = __m512i;    // 16 int32
 using Bytes = __m512i;  // 64 codes
 
 constexpr int kTileRows = 12;
-constexpr int kSeveralSums = 4;  // as many as a batch of answers has: in it they get the same bits as alone
+constexpr int kSeveralSums = 8;  // as many as a batch of answers has: in it they get the same bits as alone
 constexpr bool kSigned8 = false;
 constexpr int kHeldBits = 0;
 
