@@ -136,9 +136,13 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[Token]:
         import asyncio  # not needed, and not quick to import, on the command line
 
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        loop, changed, told = asyncio.get_running_loop(), asyncio.Event(), False
 
         def tell() -> None:
+            nonlocal told
+            if told:  # and not yet looked: to wake another thread costs as much as a token's text
+                return
+            told = True
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(changed.set)
 
@@ -147,6 +151,7 @@ class Generation:
         try:
             while not done:
                 changed.clear()
+                told = False  # before looking, so that what comes behind it is told
                 done = self.done
                 fresh = self._tokens[shown:]
                 for token in fresh:

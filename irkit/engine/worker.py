@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future
@@ -23,6 +24,9 @@ MOST = 8
 """Answers that are made at once unless a server says otherwise; more of them wait for their turn."""
 
 
+_TOGETHER_SECONDS = 0.1
+"""For how long those that have just come are read before the others decode again: as long as a part of a long prompt
+takes."""
 _REMEMBERED = 256
 """Clients of which it is known when they were served last."""
 
@@ -175,14 +179,22 @@ class Worker:
         return sorted(self._waiting, key=turns.__getitem__)
 
     def _go_on(self) -> None:
-        """One part of an answer that computes by itself, and a step of all that decode."""
-        by_themselves = [task for task in self._running if task.wants is None]
-        if by_themselves:
-            # Who has just come goes first: a short prompt does not wait for another part of a long one.
-            alone = next((task for task in by_themselves if task.steps is None), by_themselves[0])
-            self._running.remove(alone)  # the others have their turn before it
-            self._running.append(alone)
-            self._advance(alone, None)
+        """One part of an answer that computes by itself, and a step of all that decode.
+
+        Who has just come goes first: a short prompt does not wait for another part of a long one. Where several have,
+        they begin one after the other for a while, so that they decode together from their start.
+        """
+        until = time.monotonic() + _TOGETHER_SECONDS
+        new = [task for task in self._running if task.steps is None]
+        begun = [task for task in self._running if task.steps is not None and task.wants is None]
+        for task in new:
+            self._advance(task, None)
+            if time.monotonic() > until:
+                break
+        for task in begun[:1]:
+            self._running.remove(task)  # the others have their turn before it
+            self._running.append(task)
+            self._advance(task, None)
         groups: dict[Hashable, list[_Task]] = {}
         for task in self._running:
             if task.wants is not None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from contextvars import copy_context
 from pathlib import Path
@@ -87,3 +88,29 @@ def test_who_has_just_come_does_not_wait_for_another_part_of_a_long_answer() -> 
     for answer in (first, second):
         answer.result(30)
     assert parts == ["long 0", "long 1", "long 2", "short", "long 3", "long 4", "long 5"]
+
+
+def test_those_who_have_just_come_begin_before_others_go_on_but_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, begun, go = Worker(), list[str](), threading.Event()
+
+    def answer(name: str, seconds: float) -> Steps:
+        for part in range(2):
+            begun.append(f"{name} {part}")
+            time.sleep(seconds)
+            yield None
+
+    def ask(names: str, seconds: float) -> None:
+        go.clear()
+        begun.clear()
+        worker.submit(lambda: go.wait(30))
+        made = [worker.answer(lambda name=name: answer(name, seconds), threading.Event()) for name in names]
+        go.set()
+        for each in made:
+            each.result(30)
+
+    monkeypatch.setattr("irkit.engine.worker._TOGETHER_SECONDS", 30)
+    ask("abc", 0)
+    assert begun == ["a 0", "b 0", "c 0", "a 1", "b 1", "c 1"]
+    monkeypatch.setattr("irkit.engine.worker._TOGETHER_SECONDS", 0)
+    ask("abc", 0.001)
+    assert begun == ["a 0", "b 0", "a 1", "c 0", "b 1", "c 1"]
