@@ -95,6 +95,7 @@ class Places:
     def leave(self, place: Place) -> None:
         """A request has ended."""
         self._taken.discard(place)
+        place.answers.clear()  # a thread keeps the context of what it last computed, and the place in it
         for session in place.uses:
             self._left(session)
         self._ended.set()

@@ -17,6 +17,7 @@ from irkit.errors import BudgetError, BusyError, ModelNotFoundError, OptionError
 from irkit.hub.registry import clean_name
 from irkit.observing import Asked
 from irkit.options import LoadOptions, ServeOptions, seconds
+from irkit.server import memory
 from irkit.server.places import Places
 from irkit.session import Session
 from irkit.trace import size
@@ -231,6 +232,7 @@ class Sessions:
         if task.done() and not _failed(task):
             await to_thread.run_sync(task.result().close)
             await to_thread.run_sync(gc.collect)  # what is compiled and its arrays hold each other
+            await to_thread.run_sync(memory.trim)
 
     async def compute(self, call: Callable[[], _Result]) -> _Result:
         """What `call` returns, in a thread: for what takes long, apart from the threads of quick calls."""

@@ -1,8 +1,10 @@
 """A server under load for a long time: `python tests/server/soak.py --minutes 10`.
 
 Eight clients ask at random: streams and not, long prompts and short ones, many that leave in the middle, bad requests.
-Meanwhile the server's memory and slots are looked at. At the end it says whether the memory stayed flat, every slot is
-free, no request failed that should not, and an answer is the same as at the beginning; the exit code is 1 if not.
+From time to time they rest: then every slot is to be free, the model is let go of, and the memory left is looked at.
+While they ask, memory follows the lengths of the prompts that are held; what is left without them shows what leaks. At
+the end it says whether that stayed flat, every slot is free, no request failed that should not, and an answer is the
+same as at the beginning; the exit code is 1 if not.
 """
 
 import argparse
@@ -18,18 +20,23 @@ import httpx
 from real import Server, eventually, serving
 
 CLIENTS = 8
+RESTS = 60
+"""How often they rest."""
 WARM_UP = 0.25
-"""The share of the time after which memory should have stopped to grow: programs are compiled, caches are full."""
+"""The share of the time after which memory should have stopped to grow: programs are compiled, buffers are full."""
 GROWTH = 0.03
 """By how much of itself memory may grow from then on."""
 MODEL = "smollm2"
 
 
-def client(server: Server, number: int, until: float, outcomes: Counter[str], failures: list[str]) -> None:
-    """Ask until then."""
+def client(
+    server: Server, number: int, until: float, go: threading.Event, outcomes: Counter[str], failures: list[str]
+) -> None:
+    """Ask until then, where they may `go` on."""
     rng = random.Random(number)
     with httpx.Client(base_url=server.url, timeout=300) as http:
         while time.monotonic() < until:
+            go.wait()
             kind = rng.choice(["whole", "stream", "stream", "leave", "leave early", "long", "score", "embed", "bad"])
             try:
                 ask(http, kind, rng)
@@ -84,15 +91,24 @@ def ask(http: httpx.Client, kind: str, rng: random.Random) -> None:
                     assert '"done":true' in last
 
 
-def watch(server: Server, until: float, seconds: float) -> list[tuple[float, float]]:
-    """The server's memory in MB, by time."""
+def watch(server: Server, until: float, seconds: float, go: threading.Event) -> list[tuple[float, float]]:
+    """The server's memory in MB, by time, when all rest and the model has been let go of."""
     seen, began = [], time.monotonic()
     while time.monotonic() < until:
         time.sleep(min(seconds, max(until - time.monotonic(), 0)))
-        now = time.monotonic() - began
-        seen.append((now, server.gauge("memory_bytes") / 1e6))
-        busy, queue = server.gauge("slots_busy"), server.gauge("queue")
-        print(f"{now:6.0f} s  {seen[-1][1]:7.0f} MB  {busy:.0f} made, {queue:.0f} waiting", flush=True)
+        loaded = server.gauge("memory_bytes") / 1e6
+        go.clear()
+        eventually(server.free, 300)
+        rests = server.gauge("memory_bytes") / 1e6
+        assert server.post("/api/generate", {"model": MODEL, "keep_alive": 0}).status_code == 200
+        eventually(lambda: not httpx.get(f"{server.url}/api/ps").json()["models"])
+        time.sleep(0.5)  # it is cleaned up behind the last answer
+        seen.append((time.monotonic() - began, server.gauge("memory_bytes") / 1e6))
+        print(
+            f"{seen[-1][0]:6.0f} s  busy {loaded:5.0f} MB, at rest {rests:5.0f}, without the model {seen[-1][1]:5.0f}",
+            flush=True,
+        )
+        go.set()
     return seen
 
 
@@ -104,14 +120,15 @@ def main() -> int:
     with serving("--max-queue", "64") as server:
         expected = server.ask()
         until = time.monotonic() + 60 * minutes
-        outcomes, failures = Counter[str](), list[str]()
+        outcomes, failures, go = Counter[str](), list[str](), threading.Event()
+        go.set()
         clients = [
-            threading.Thread(target=client, args=(server, number, until, outcomes, failures))
+            threading.Thread(target=client, args=(server, number, until, go, outcomes, failures))
             for number in range(CLIENTS)
         ]
         for thread in clients:
             thread.start()
-        seen = watch(server, until, max(60 * minutes / 60, 2))
+        seen = watch(server, until, 60 * minutes / RESTS, go)
         for thread in clients:
             thread.join()
         problems = [f"{len(failures)} requests failed, such as: {failure}" for failure in failures[:1]]
@@ -127,7 +144,7 @@ def main() -> int:
         if after > before * (1 + GROWTH):
             problems.append(f"memory grew from {before:.0f} to {after:.0f} MB")
     print(", ".join(f"{count} {kind}" for kind, count in sorted(outcomes.items())))
-    print(f"memory: {before:.0f} MB in the first half after warming up, {after:.0f} MB in the second")
+    print(f"without the model: {before:.0f} MB in the first half after warming up, {after:.0f} MB in the second")
     print("\n".join(f"FAILED: {problem}" for problem in problems) or "passed: memory flat, no slot lost")
     return bool(problems)
 

@@ -1,11 +1,13 @@
 """How much the server takes on: places, turns, memory; and what a client that leaves gives back."""
 
 import asyncio
+import gc
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context, copy_context
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,20 @@ def test_models_used_last_stay_in_memory(three: int) -> None:
         await sessions.close()
 
     asyncio.run(scenario())
+
+
+def test_an_answer_is_freed_where_the_context_of_its_request_is_kept(tiny: irkit.Session) -> None:
+    """As a thread does that has computed something for it, until it computes something else."""
+    served = tiny.serve(port=0)
+    contexts, answers = list[Context](), list[weakref.ref[Any]]()
+    tiny.observe(lambda asked: (contexts.append(copy_context()), answers.append(weakref.ref(asked.generation))))
+    for stream in (True, False):
+        body = ENDLESS | {"options": END | {"num_predict": 3}, "stream": stream}
+        assert httpx.post(f"{served.url}/api/generate", json=body).status_code == 200
+    eventually(idle)
+    DEVICE.submit(lambda: None).result()
+    eventually(lambda: (gc.collect(), [answer() for answer in answers])[1] == [None, None])
+    assert all(context[PLACE] for context in contexts)
 
 
 def test_a_model_in_use_stays_and_the_next_waits_for_it(three: int, monkeypatch: pytest.MonkeyPatch) -> None:
