@@ -29,7 +29,7 @@ from irkit.widgets.choosing import choose
 from irkit.widgets.conversation import Turn
 from irkit.widgets.inspector import Inspector
 
-BEAT = 1 / 8
+BEAT = 1 / 4
 """Seconds between two messages to the page while an answer is made, at least."""
 _PATIENCE = 5.0
 """Seconds that a chat's end may take when another takes its place."""

@@ -22,8 +22,9 @@ from real import Server, eventually, serving
 CLIENTS = 8
 RESTS = 60
 """How often they rest."""
-WARM_UP = 0.25
-"""The share of the time after which memory should have stopped to grow: programs are compiled, buffers are full."""
+WARM_UP = 300.0
+"""Seconds after which memory should have stopped to grow, or else half of the time: every program was needed, and the
+allocator's pieces have found their sizes."""
 GROWTH = 0.03
 """By how much of itself memory may grow from then on."""
 MODEL = "smollm2"
@@ -138,7 +139,7 @@ def main() -> int:
             problems.append(f"{server.gauge('slots_busy'):.0f} slots and {server.gauge('queue'):.0f} places are lost")
         if server.ask() != expected:
             problems.append("an answer is not what it was")
-        warm = [memory for now, memory in seen if now > WARM_UP * 60 * minutes]
+        warm = [memory for now, memory in seen if now > min(WARM_UP, 30 * minutes)]
         half = len(warm) // 2
         before, after = statistics.median(warm[:half]), statistics.median(warm[half:])
         if after > before * (1 + GROWTH):
