@@ -45,6 +45,8 @@ class Seen:
     id: int
     asked: Asked
     tokens: list[Token] = field(default_factory=list)
+    tail: str = ""
+    """Text that belongs to none of them, where an answer ends within a character."""
     facts: str = ""
     live: bool = True
 
@@ -57,7 +59,7 @@ class Seen:
     @property
     def text(self) -> str:
         """The answer so far."""
-        return "".join(token.text for token in self.tokens)
+        return "".join(token.text for token in self.tokens) + self.tail
 
     def __repr__(self) -> str:
         return f"<{_who(self)}: {self.prompt[:40]!r}, {self.facts}>"
@@ -245,7 +247,7 @@ def _look(seen: Seen) -> None:
     seen.tokens += [token if token.captures is None else replace(token, captures=None) for token in fresh]
     seen.facts = " · ".join(reprs.generation_facts(made))
     if ended:
-        seen.live = False
+        seen.live, seen.tail = False, made._tail
         # The answer's own object may hold captures, which are as large as they are wanted.
         seen.asked = replace(seen.asked, generation=Generation(prompt=made.prompt))
 

@@ -11,6 +11,8 @@ import pytest
 
 import irkit
 from irkit.errors import OptionError
+from irkit.observing import Asked
+from irkit.results import Generation, Stats, Token
 from irkit.widgets import watch
 from irkit.widgets.watch import WatchView
 
@@ -159,3 +161,14 @@ def test_what_nobody_expected_is_shown(tiny: irkit.Session, monkeypatch: pytest.
     until(lambda: view.problem == "KeyError: 'id'")
     assert idle(view)
     view.close()
+
+
+def test_an_answer_that_ends_within_a_character_is_seen_whole() -> None:
+    made = Generation()
+    seen = watch.Seen(1, Asked("hello", None, made, "tiny"))
+    made._put(Token(5, "ab", -1.0))
+    watch._look(seen)
+    assert (seen.text, seen.live) == ("ab", True)
+    made._finish("cancelled", Stats(), tail="\ufffd")
+    watch._look(seen)
+    assert (seen.text, seen.live) == ("ab\ufffd", False)

@@ -118,10 +118,10 @@ IRKIT_INLINE Vec load_numbers(const uint8_t* panel, int64_t column) {
 // up with when it is led by a little: with 4096 bytes a quarter less was read in the same time.
 constexpr int64_t kFloatsAhead = 512;
 
-template <int form, int n>
+// With few rows in all, the sums of one column would wait for each other: two of each are kept. Not so in the last tile
+// of many rows: whatever its place among them, a row has the same bits.
+template <int form, int n, int ways>
 void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const uint8_t* tile, float* out) {
-  // With few rows the sums of one column would wait for each other: two of each are kept.
-  constexpr int ways = n > kSeveralSums ? 1 : 2;
   const float* a = (const float*)tile;
   Vec total[ways][n];
   IRKIT_UNROLL
@@ -159,27 +159,30 @@ void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const u
 
 using PanelFunction = void (*)(const uint8_t*, const PanelLayout&, int64_t, const uint8_t*, float*);
 
-template <int form, int n>
+template <int form, int n, bool few>
 constexpr PanelFunction panel_function() {
-  if constexpr (n > kTileRows) {
+  if constexpr (n > (few ? kSeveralSums : kTileRows)) {
     return nullptr;
   } else if constexpr (kFormInfo[form].groups > 0) {
     return coded_panel<form, n>;
   } else {
-    return float_panel<form, n>;
+    return float_panel<form, n, few ? 2 : 1>;
   }
 }
 
 constexpr int kMostRows = 12;
 static_assert(kTileRows <= kMostRows, "a row more in the table below");
-#define IRKIT_ROW(f)                                                                                             \
-  {panel_function<f, 1>(), panel_function<f, 2>(), panel_function<f, 3>(), panel_function<f, 4>(),               \
-   panel_function<f, 5>(), panel_function<f, 6>(), panel_function<f, 7>(), panel_function<f, 8>(),               \
-   panel_function<f, 9>(), panel_function<f, 10>(), panel_function<f, 11>(), panel_function<f, 12>()}
-constexpr PanelFunction kPanelFunctions[kForms][kMostRows] = {
-    IRKIT_ROW(kQ4), IRKIT_ROW(kQ4M), IRKIT_ROW(kQ5),   IRKIT_ROW(kQ5M), IRKIT_ROW(kQ6),
-    IRKIT_ROW(kQ8), IRKIT_ROW(kF16), IRKIT_ROW(kBF16), IRKIT_ROW(kF32),
-};
+static_assert(kSeveralSums <= kTileRows, "few rows are one tile");
+#define IRKIT_ROW(f, few)                                                                              \
+  {panel_function<f, 1, few>(), panel_function<f, 2, few>(),  panel_function<f, 3, few>(),              \
+   panel_function<f, 4, few>(), panel_function<f, 5, few>(),  panel_function<f, 6, few>(),              \
+   panel_function<f, 7, few>(), panel_function<f, 8, few>(),  panel_function<f, 9, few>(),              \
+   panel_function<f, 10, few>(), panel_function<f, 11, few>(), panel_function<f, 12, few>()}
+#define IRKIT_ROWS(few)                                                                                \
+  {IRKIT_ROW(kQ4, few), IRKIT_ROW(kQ4M, few), IRKIT_ROW(kQ5, few),   IRKIT_ROW(kQ5M, few), IRKIT_ROW(kQ6, few), \
+   IRKIT_ROW(kQ8, few), IRKIT_ROW(kF16, few), IRKIT_ROW(kBF16, few), IRKIT_ROW(kF32, few)}
+constexpr PanelFunction kPanelFunctions[2][kForms][kMostRows] = {IRKIT_ROWS(false), IRKIT_ROWS(true)};
+#undef IRKIT_ROWS
 #undef IRKIT_ROW
 
 // A panel's products with the tile, bias included.
@@ -188,7 +191,7 @@ IRKIT_INLINE void panel_times_tile(const Matrix& m, const PanelLayout& at, int64
   const bool coded = kFormInfo[m.form].groups > 0;
   const int64_t blocks = (m.cols + kBlock - 1) / kBlock;
   const uint8_t* tile = coded ? x.coded + first * blocks * kCodedBlock : (const uint8_t*)(x.floats + first * blocks * 32);
-  kPanelFunctions[m.form][n - 1](m.data + panel * at.bytes, at, m.cols, tile, out);
+  kPanelFunctions[x.rows <= kSeveralSums][m.form][n - 1](m.data + panel * at.bytes, at, m.cols, tile, out);
   if (!m.bias) return;
   for (int64_t i = 0; i < kRows && panel * kRows + i < m.rows; ++i)
     for (int c = 0; c < n; ++c) out[16 * c + i] += m.bias[panel * kRows + i];
