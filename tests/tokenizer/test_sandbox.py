@@ -72,10 +72,10 @@ def little_memory() -> Iterator[None]:
 )
 @pytest.mark.usefixtures("little_memory")
 def test_huge_values_are_refused_before_they_are_made(source: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(ModelFileError, match="chat template"):
         ChatTemplate(source).render(MESSAGES)
-    assert time.process_time() - start < 10
+    assert time.thread_time() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_huge_values_are_refused_before_they_are_made(source: str) -> None:
     ],
 )
 def test_values_that_come_to_much_together_are_refused(source: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(ModelFileError, match="chat template"):
         ChatTemplate(source).render(MESSAGES)
-    assert time.process_time() - start < 10
+    assert time.thread_time() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_values_that_come_to_much_together_are_refused(source: str) -> None:
     ],
 )
 def test_endless_work_is_cut_short(source: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(ModelFileError, match="chat template"):
         ChatTemplate(source).render(MESSAGES)
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
 
 
 @pytest.mark.parametrize(
