@@ -285,9 +285,11 @@ class Runtime:
         on, and answers are made one by one until then. `operands` are those of one of them."""
         shapes = [(leaf.shape, leaf.dtype.char) for leaf in jax.tree.leaves(operands)]
         key = rows, capacity, top, spec, *shapes
-        if key not in self._batched:
-            self._batched[key] = self._background.submit(self._prepare_batch, rows, capacity, top, spec, operands)
-        return self._batched[key].done()
+        ready = self._batched.get(key)
+        if ready is None:
+            ready = self._background.submit(self._prepare_batch, rows, capacity, top, spec, operands)
+            self._batched[key] = ready
+        return ready.done()
 
     def _prepare_batch(self, rows: int, capacity: int, top: bool, spec: Spec, operands: Operands) -> None:
         self._decoder(capacity, top, spec, joined([operands] * rows), rows)
@@ -476,7 +478,11 @@ class Runtime:
         with self._compiling:
             self._tapped.append(newest)
             while len(self._tapped) > most:
-                self._programs.pop(self._tapped.pop(0), None)
+                oldest = self._tapped.pop(0)
+                self._programs.pop(oldest, None)
+                spec = dict(oldest[-1])["spec"]
+                for key in [key for key in tuple(self._batched) if spec in key]:
+                    self._batched.pop(key, None)  # it is to be compiled beside what goes on again
 
 
 def _one(value: int) -> np.ndarray:

@@ -142,7 +142,7 @@ def test_beside_others_it_is_what_it_is_alone(session: irkit.Session) -> None:
     runtime = session.model.load().result()
     for top in (False, True):
         runtime.can_batch(4, 512, top, Spec(), Operands())
-    for compiled in runtime._batched.values():
+    for compiled in tuple(runtime._batched.values()):
         compiled.result()
     asks: list[dict[str, Any]] = [
         {"prompt": PROMPT, "format": PERSON, "seed": 1},
