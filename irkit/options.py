@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -381,6 +382,12 @@ def parse(model: type[_Model], given: Mapping[str, Any]) -> _Model:
         raise OptionError(explain(error, model.model_fields), str(where[0])[:80] if where else None) from None
 
 
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    """Making one takes longer than a token."""
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+
+
 def check(annotation: Any, name: str, value: Any) -> Any:
     """`value` as `annotation` describes it.
 
@@ -388,7 +395,7 @@ def check(annotation: Any, name: str, value: Any) -> Any:
         OptionError: naming the argument, if it does not fit.
     """
     try:
-        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+        return _adapter(annotation).validate_python(value)
     except ValidationError as error:
         detail = error.errors(include_url=False)[-1]
         raise OptionError(_sentence(name, detail), name) from None

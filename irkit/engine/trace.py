@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -206,7 +207,7 @@ def sizes(runtime: Runtime, rows: int, length: int, tapping: Tapping, logits: Lo
 
 def nbytes(tree: Any) -> int:
     """Of all arrays, or shapes of arrays, in `tree`."""
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def values(calls: Sequence[Call], tapping: Tapping) -> dict[str, Callable[[], Value]]:

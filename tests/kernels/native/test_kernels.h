@@ -118,8 +118,9 @@ void test_multiply(const Format& format, int64_t cols, int64_t x_rows, Finish fi
   const Floats bias = biased ? normals(rows) : Floats(), up_bias = biased ? normals(rows) : Floats();
   const Activations x(normals(x_rows * cols), x_rows, cols, cols, nullptr, 0);
   const Floats before = normals(x_rows * stride);
-  Floats out(x_rows * stride, kUntouched);
-  const Product product = {w.matrix(bias), up.matrix(up_bias), x.tiles, finish, before.data(), out.data(), stride};
+  Floats out(x_rows * stride, kUntouched), alone(x_rows * stride, kUntouched);
+  const Product product = {w.matrix(bias), up.matrix(up_bias), x.tiles, finish, before.data(), out.data(), stride,
+                           finish == Finish::kAdd ? alone.data() : nullptr};
   const int64_t tiles = (x_rows + kernels().tile_rows - 1) / kernels().tile_rows;
   kernels().multiply(product, 0, 1, 0, tiles);
   kernels().multiply(product, 1, panels(rows), 0, 1);
@@ -130,7 +131,11 @@ void test_multiply(const Format& format, int64_t cols, int64_t x_rows, Finish fi
       Wanted wanted = {kUntouched, 0};
       if (i < rows) {
         wanted = times(w, i, x, r, bias);
-        if (finish == Finish::kAdd) wanted.value += before[r * stride + i];
+        if (finish == Finish::kAdd) {
+          expect(near(alone[r * stride + i], wanted.value, wanted.tolerance), "multiply: [%d, %d] alone is %.8g, not %.8g",
+                 (int)r, (int)i, alone[r * stride + i], wanted.value);
+          wanted.value += before[r * stride + i];
+        }
         if (finish == Finish::kGate) {
           const Wanted other = times(up, i, x, r, up_bias);
           const double gate = silu(wanted.value);

@@ -175,26 +175,12 @@ void attend_many(const ManyQueries& m) {
     }
   }
   for (int64_t head = 0; head < m.heads; ++head) {
-    const float* mix = state + head * state_size + h * 16;
+    float* mix = state + head * state_size + h * 16;
+    const Vec total = load(mix + h * 16 + 16);
+    for (int64_t i = 0; i < h; ++i) store(mix + i * 16, div(load(mix + i * 16), total));
     for (int t = 0; t < m.count; ++t)
-      for (int64_t i = 0; i < h; ++i) m.z[t * m.z_stride + head * h + i] = mix[i * 16 + t] / mix[h * 16 + 16 + t];
+      for (int64_t i = 0; i < h; ++i) m.z[t * m.z_stride + head * h + i] = mix[i * 16 + t];
   }
-}
-
-// Scores of up to eight queries with 16 keys, of which `turned` holds dimensions [0, dims) of one after the other.
-template <int n>
-IRKIT_INLINE void add_scores(const float* turned, int64_t dims, const float* q, int64_t q_stride, float* out,
-                             int64_t out_stride, bool first) {
-  Vec score[n];
-  IRKIT_UNROLL
-  for (int r = 0; r < n; ++r) score[r] = first ? zero() : load(out + r * out_stride);
-  for (int64_t i = 0; i < dims; ++i) {
-    const Vec key = load(turned + i * 16);
-    IRKIT_UNROLL
-    for (int r = 0; r < n; ++r) score[r] = fma(key, set1(q[r * q_stride + i]), score[r]);
-  }
-  IRKIT_UNROLL
-  for (int r = 0; r < n; ++r) store(out + r * out_stride, score[r]);
 }
 
 // Scores of one query: lanes are dimensions of the head, and the sums of 16 keys are folded at a time.
@@ -214,33 +200,39 @@ void score_one(const Pattern& p, int row, float* out) {
   }
 }
 
-// Scores of several queries: lanes are keys, sixteen of which are turned, so that a query's number meets all at once.
+// Scores of several queries: lanes are queries, which are turned once for all keys.
 void score_many(const Pattern& p, int64_t most) {
   constexpr int64_t kDims = 64;  // turned at a time
+  constexpr int kAtOnce = 16;    // keys
   const int64_t h = p.d_head, c = p.keys_count;
-  alignas(64) float turned[kDims * 16], few[16 * 16];
-  for (int64_t key = 0; key < most; key += 16) {
-    const int64_t count = c - key < 16 ? c - key : 16;
-    // A row that ends within sixteen keys cannot hold them all.
-    float* const out = count < 16 ? few : p.out + key;
-    const int64_t stride = count < 16 ? 16 : p.out_stride;
-    for (int64_t d = 0; d < h; d += kDims) {
-      const int64_t dims = h - d < kDims ? h - d : kDims;
-      for (int64_t j = 0; j < 16; ++j) {
-        for (int64_t i = 0; i < dims; i += 16) {
-          alignas(64) float part[16];
-          store(part, j < count ? load_cached(p.keys, (key + j) * h + d + i) : zero());
-          for (int e = 0; e < 16; ++e) turned[(i + e) * 16 + j] = part[e];
+  alignas(64) float turned[kDims * 16], keys[kAtOnce * kDims], scores[kAtOnce * 16];
+  for (int64_t d = 0; d < h; d += kDims) {
+    const int64_t dims = h - d < kDims ? h - d : kDims;
+    for (int64_t i = 0; i < dims; ++i)
+      for (int r = 0; r < 16; ++r) turned[i * 16 + r] = r < p.count ? p.q[r * p.q_stride + d + i] : 0.0f;
+    for (int64_t key = 0; key < most; key += kAtOnce) {
+      const int count = (int)(c - key < kAtOnce ? c - key : kAtOnce);
+      for (int j = 0; j < kAtOnce; ++j)
+        for (int64_t i = 0; i < dims; i += 16)
+          store(keys + j * kDims + i, j < count ? load_cached(p.keys, (key + j) * h + d + i) : zero());
+      if (d > 0)
+        for (int j = 0; j < count; ++j)
+          for (int r = 0; r < p.count; ++r) scores[j * 16 + r] = p.out[r * p.out_stride + key + j];
+      for (int j = 0; j < kAtOnce; j += 8) {
+        Vec score[8];
+        IRKIT_UNROLL
+        for (int e = 0; e < 8; ++e) score[e] = d > 0 ? load(scores + (j + e) * 16) : zero();
+        for (int64_t i = 0; i < dims; ++i) {
+          const Vec lane = load(turned + i * 16);
+          IRKIT_UNROLL
+          for (int e = 0; e < 8; ++e) score[e] = fma(lane, set1(keys[(j + e) * kDims + i]), score[e]);
         }
+        IRKIT_UNROLL
+        for (int e = 0; e < 8; ++e) store(scores + (j + e) * 16, score[e]);
       }
-      int r = 0;
-      for (; r + 8 <= p.count; r += 8)
-        add_scores<8>(turned, dims, p.q + r * p.q_stride + d, p.q_stride, out + r * stride, stride, d == 0);
-      for (; r < p.count; ++r)
-        add_scores<1>(turned, dims, p.q + r * p.q_stride + d, p.q_stride, out + r * stride, stride, d == 0);
+      for (int r = 0; r < p.count; ++r)
+        for (int j = 0; j < count; ++j) p.out[r * p.out_stride + key + j] = scores[j * 16 + r];
     }
-    if (count == 16) continue;
-    for (int r = 0; r < p.count; ++r) __builtin_memcpy(p.out + r * p.out_stride + key, few + 16 * r, count * sizeof(float));
   }
 }
 

@@ -28,7 +28,8 @@ struct Tiles {
 
 enum class Finish { kStore, kAdd, kGate };
 
-// y[row, i] = x[row] . matrix[i] + bias[i]; kAdd adds add[row, i]; kGate is silu(y) times the product with `up`.
+// y[row, i] = x[row] . matrix[i] + bias[i]; kAdd adds add[row, i], and leaves y itself in `alone` where that is not
+// null; kGate is silu(y) times the product with `up`.
 struct Product {
   Matrix matrix;
   Matrix up;
@@ -36,7 +37,8 @@ struct Product {
   Finish finish;
   const float* add;
   float* out;
-  int64_t stride;  // of `out` and `add`, from row to row
+  int64_t stride;  // of `out`, `add` and `alone`, from row to row
+  float* alone = nullptr;
 };
 
 // Keys or values of one sequence and one head: [capacity, d_head], of float16 or float32.

@@ -257,16 +257,13 @@ void show_norm(const Layer& l, const float* x, int64_t rows, Point scale, Point 
   });
 }
 
-// The product with what is in the tiles, added to the stream: by itself first, where it is asked for.
+// The product with what is in the tiles, added to the stream; and by itself, where it is asked for.
 void add_to(const Layer& l, const float* stream, const Matrix& matrix, const Tiles& x, Point point, float* out) {
-  float* const alone = l.shown[point];
-  Product p = product(matrix, x, alone ? alone : out, matrix.rows);
-  if (!alone) {
-    p.finish = Finish::kAdd;
-    p.add = stream;
-  }
+  Product p = product(matrix, x, out, matrix.rows);
+  p.finish = Finish::kAdd;
+  p.add = stream;
+  p.alone = l.shown[point];
   multiply_all({&p});
-  for (int64_t i = 0; alone && i < x.rows * matrix.rows; ++i) out[i] = alone[i] + stream[i];
 }
 
 // The second half of a layer, from the stream in the middle to l.out.
@@ -400,8 +397,9 @@ void layer(const Layer& l, uint8_t* scratch) {
   // Part of each row of what q, k and v are computed to.
   const auto show = [&](Point point, int64_t from, int64_t count) {
     if (!shown[point]) return;
-    for (int64_t row = 0; row < rows; ++row)
+    each(rows, [&](int64_t row) {
       std::copy_n(room.qkv + row * stride + from, count, shown[point] + row * count);
+    });
   };
 
   show_norm(l, l.resid, rows, kScale1, kNormalized1);

@@ -121,7 +121,8 @@ constexpr int64_t kFloatsAhead = 512;
 // With few rows in all, the sums of one column would wait for each other: two of each are kept. Not so in the last tile
 // of many rows: whatever its place among them, a row has the same bits.
 template <int form, int n, int ways>
-void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const uint8_t* tile, float* out) {
+void float_panel(const uint8_t* panel, const PanelLayout& at, int64_t cols, const uint8_t* tile, float* out) {
+  constexpr int64_t kColumn = kRows * kFormInfo[form].bits / 8;
   const float* a = (const float*)tile;
   Vec total[ways][n];
   IRKIT_UNROLL
@@ -131,11 +132,10 @@ void float_panel(const uint8_t* panel, const PanelLayout&, int64_t cols, const u
   }
   int64_t k = 0;
   for (; k + ways <= cols; k += ways) {
-    if (n <= kFewRows) {
-      const uint8_t* const ahead = panel + (k * kRows * kFormInfo[form].bits / 8) + kFloatsAhead;
-      IRKIT_UNROLL
-      for (int line = 0; line < ways * kFormInfo[form].bits / 32; ++line) __builtin_prefetch(ahead + 64 * line, 0, 1);
-    }
+    // With many rows there is time to have the whole next panel come, which the first of their tiles waits for.
+    const uint8_t* const ahead = panel + k * kColumn + (n <= kFewRows ? kFloatsAhead : at.bytes);
+    IRKIT_UNROLL
+    for (int64_t byte = 0; byte < ways * kColumn; byte += 64) __builtin_prefetch(ahead + byte, 0, 1);
     IRKIT_UNROLL
     for (int way = 0; way < ways; ++way) {
       const Vec w = load_numbers<form>(panel, k + way);
@@ -215,9 +215,13 @@ void multiply(const Product& p, int64_t first_panel, int64_t last_panel, int64_t
         const int64_t to = (first + c) * p.stride + panel * kRows;
         if (rows >= kRows) {
           const Vec v = load(y + 16 * c);
+          if (p.alone) store(p.alone + to, v);
           store(p.out + to, p.finish == Finish::kAdd ? add(v, load(p.add + to)) : v);
         } else {
-          for (int64_t i = 0; i < rows; ++i) p.out[to + i] = y[16 * c + i] + (p.finish == Finish::kAdd ? p.add[to + i] : 0);
+          for (int64_t i = 0; i < rows; ++i) {
+            if (p.alone) p.alone[to + i] = y[16 * c + i];
+            p.out[to + i] = y[16 * c + i] + (p.finish == Finish::kAdd ? p.add[to + i] : 0);
+          }
         }
       }
     }
