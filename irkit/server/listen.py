@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from irkit.errors import OptionError
 from irkit.options import ServeOptions
+from irkit.server import memory
 from irkit.server.app import create_app
 from irkit.server.security import api_key, is_loopback
 from irkit.session import Session
@@ -36,6 +37,7 @@ def serve(options: ServeOptions) -> None:
     Raises:
         OptionError: the address cannot be listened on, because it is in use for example.
     """
+    memory.settle()
     with _listening(options) as listening:
         print(f"irkit serves on {_url(listening)}", file=sys.stderr, flush=True)
         if not is_loopback(options.host) and not api_key(options):

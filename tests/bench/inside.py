@@ -4,7 +4,8 @@
 
 `--peers` is a Python with PyTorch, transformers and gguf, and with TransformerLens where it is to be measured; see
 `peers.py`. All is measured warm, on two threads, alternating round by round; the medians are printed, with the
-fastest and the slowest round, and what each row is beside the ones it is measured against.
+fastest and the slowest round, and what each row is beside the ones it is measured against: the median over the rounds,
+since a machine that becomes slower does so for all rows of a round.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,9 @@ def show(title: str, found: dict[str, list[float]], amount: int, unit: str, besi
     print(f"\n{title}\n{'':{width}}{unit:>9} {'slowest':>9} {'fastest':>9}" + "".join(f"  / {name}" for name in beside))
     for name, taken in found.items():
         speeds = "".join(f"{amount / each:9.1f} " for each in (medians[name], max(taken), min(taken)))
-        ratios = "".join(f"{medians[other] / medians[name]:>{len(other) + 4}.2f}" for other in beside)
+        ratios = "".join(
+            f"{statistics.median(map(truediv, found[other], taken)):>{len(other) + 4}.2f}" for other in beside
+        )
         print(f"{name:{width}}{speeds}{ratios}", flush=True)
 
 

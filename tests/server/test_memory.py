@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from real import serving
 
 from irkit.server import memory
 
@@ -51,3 +52,14 @@ def test_what_was_freed_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asyncio.run(some_time())
     assert resident() < before - 100_000_000
+
+
+def test_a_server_has_few_arenas(model_path: Path) -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("not glibc")
+    with serving() as server:
+        server.ask()
+        lines = Path(f"/proc/{server.process.pid}/maps").read_text().splitlines()
+    # An arena's heaps begin at multiples of 64 MB, and have no name.
+    heaps = [line for line in lines if int(line.split("-")[0], 16) % (64 << 20) == 0 and len(line.split()) == 5]
+    assert len(heaps) <= 2  # a thread each, by default
