@@ -6,8 +6,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -149,8 +149,8 @@ def bench(name: str | Path, options: BenchOptions, say: Callable[[str], None] = 
             bandwidth.append(memory_bandwidth(threads))
             about = _run(engines, model.path, load, options, longest, SECONDS, put)
             for engine in engines if options.serve else ():
-                inside = _decode_alone(engine, model.path, load, options.num_predict)
-                with serving.server(engine, model.path, threads) as url:
+                alone = _decoding_alone(engine, model.path, load, options.num_predict)
+                with alone as inside, serving.server(engine, model.path, threads) as url:
                     serving.measure(url, model, options.num_predict, inside, partial(put, engine))
     return Report(
         model=str(name),
@@ -221,11 +221,12 @@ def _run(
         return {worker.engine: worker.about for worker in workers}
 
 
-def _decode_alone(engine: str, path: Path, load: LoadOptions, count: int) -> float:
-    """Tokens a second without a server, behind a prompt as short as those that the server is asked."""
+@contextmanager
+def _decoding_alone(engine: str, path: Path, load: LoadOptions, count: int) -> Iterator[Callable[[], float]]:
+    """Measures tokens a second without a server, behind a prompt as short as those that the server is asked."""
     with Worker(engine, load.model_dump()) as worker:
         worker.ask(what="load", path=str(path), tokens=serving.SHORT + count + 1)
-        return count / worker.ask(what="decode", tokens=serving.SHORT, count=count, seconds=SECONDS)
+        yield lambda: count / worker.ask(what="decode", tokens=serving.SHORT, count=count, seconds=0)
 
 
 class Worker:

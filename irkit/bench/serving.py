@@ -8,6 +8,7 @@ import asyncio
 import os
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ LONG = 2000
 """Tokens of the prompt that is being read when a short one comes."""
 CHUNK = 128
 """Tokens of a prompt that irkit reads between the others' tokens: what the wait of the short one is counted in."""
+TURNS = 5
+"""How often an answer is made with and without the server, to know what the server costs."""
 START_SECONDS = 120.0
 """How long a server may take to start."""
 
@@ -68,14 +71,24 @@ def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
     raise BackendError(f"no server answers at {url}")
 
 
-def measure(url: str, model: Model, count: int, inside: float, put: Callable[[str, int | None, float], None]) -> None:
-    """Ask the server at `url` for answers of `count` tokens, of which the engine makes `inside` a second without it;
+def measure(
+    url: str,
+    model: Model,
+    count: int,
+    inside: Callable[[], float],
+    put: Callable[[str, int | None, float], None],
+) -> None:
+    """Ask the server at `url` for answers of `count` tokens, of which the engine makes `inside()` a second without it;
     `put` is given what was measured, its tokens or clients, and the value."""
     asyncio.run(_measure(url, model, count, inside, put))
 
 
 async def _measure(
-    url: str, model: Model, count: int, inside: float, put: Callable[[str, int | None, float], None]
+    url: str,
+    model: Model,
+    count: int,
+    inside: Callable[[], float],
+    put: Callable[[str, int | None, float], None],
 ) -> None:
     # An answer must not end early.
     always = {"model": "bench", "stream": True, "logit_bias": dict.fromkeys(map(str, model.tokenizer.eog_ids), -100)}
@@ -84,10 +97,10 @@ async def _measure(
         base_url=url, timeout=None, limits=httpx.Limits(max_keepalive_connections=0)
     ) as client:
 
-        async def answer(prompt: str, tokens: int) -> tuple[float, float]:
+        async def answer(prompt: str, tokens: int, temperature: float = 0.8) -> tuple[float, float]:
             """The seconds to the first token, and to the end."""
             asked, first = time.perf_counter(), 0.0
-            body = always | {"prompt": prompt, "max_tokens": tokens, "temperature": 0.8, "seed": 1}
+            body = always | {"prompt": prompt, "max_tokens": tokens, "temperature": temperature, "seed": 1}
             async with client.stream("POST", "/v1/completions", json=body) as reply:
                 reply.raise_for_status()
                 async for line in reply.aiter_lines():
@@ -110,8 +123,12 @@ async def _measure(
         put("serve", 1, one := await speed([text(SHORT)]))
         put("serve", CLIENTS, several := await speed([text(SHORT) for _ in range(CLIENTS)]))
         put("serve_gain", CLIENTS, several / one)
-        first, whole = await answer(text(SHORT), count)
-        put("serve_cost", None, inside * (whole - first) / max(count - 1, 1) - 1)
+        costs = []
+        for _ in range(TURNS):  # in turns, and as greedily: the same work on the same machine
+            alone = inside()
+            first, whole = await answer(text(SHORT), count, 0)
+            costs.append(alone * (whole - first) / max(count - 1, 1) - 1)
+        put("serve_cost", None, statistics.median(costs))
         await answer(text(LONG), 1)
         _, alone = await answer(text(LONG), 1)
         long = asyncio.create_task(answer(text(LONG), 1))
