@@ -216,28 +216,23 @@ def values(calls: Sequence[Call], tapping: Tapping) -> dict[str, Callable[[], Va
     for capture in tapping.spec.captures:
         layers = tapping.layers[capture.point]
         if not taps.POINTS[capture.point].per_layer:
-            made[capture.point] = _joined(calls, tapping, capture, capture.point, None)
+            made[capture.point] = partial(_value, calls, tapping, capture, capture.point, None)
         for slot, layer in enumerate(layers):
             full = f"blocks.{layer}.{capture.point}"
             key, where = (capture.point, slot) if capture.slots or tapping.spec.stacked else (full, None)
-            made[full] = _joined(calls, tapping, capture, key, where)
+            made[full] = partial(_value, calls, tapping, capture, key, where)
     return made
 
 
-def _joined(
-    calls: Sequence[Call], tapping: Tapping, capture: taps.Capture, key: str, slot: int | None
-) -> Callable[[], Value]:
-    def value() -> Value:
-        parts = []
-        for call in calls:
-            part = call.captures[key]
-            leaves = part if isinstance(part, tuple | list) else (part,)
-            at = tuple(index for index in (call.step, slot) if index is not None)
-            parts.append([np.asarray(leaf)[at] for leaf in leaves])
-        joined = [join(calls, list(each), capture, tapping.positions) for each in zip(*parts, strict=True)]
-        return Largest(*joined) if len(joined) == 2 else joined[0]
-
-    return value
+def _value(calls: Sequence[Call], tapping: Tapping, capture: taps.Capture, key: str, slot: int | None) -> Value:
+    parts = []
+    for call in calls:
+        part = call.captures[key]
+        leaves = part if isinstance(part, tuple | list) else (part,)
+        at = tuple(index for index in (call.step, slot) if index is not None)
+        parts.append([np.asarray(leaf)[at] for leaf in leaves])
+    joined = [join(calls, list(each), capture, tapping.positions) for each in zip(*parts, strict=True)]
+    return Largest(*joined) if len(joined) == 2 else joined[0]
 
 
 def join(
