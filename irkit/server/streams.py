@@ -71,8 +71,11 @@ async def _written(
                 raise
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one for each token
+
+
 def _line(item: Any) -> bytes:
-    return json.dumps(item, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return _encode(item).encode() + b"\n"
 
 
 def _event(item: Any) -> bytes:

@@ -45,7 +45,7 @@ threading.Thread(target=lambda: (last.wait(), ended.append(time.monotonic()))).s
 
 
 def wait(kernel: Kernel) -> None:
-    kernel.until("c.wait(1)", seconds=1800)
+    kernel.until("c.wait(600)", seconds=1800)
 
 
 def decode(notebook: Notebook, kernel: Kernel, rounds: int, tokens: int) -> None:
