@@ -269,39 +269,49 @@ void gate(const float* x, const float* y, int64_t count, float* out) {
   for (int64_t j = i; j < count; ++j) out[j] = part[0][j - i];
 }
 
+// A block of a row of the tile that begins with row `start` and has n: its numbers, and their codes.
+IRKIT_INLINE void prepare_block(Vec v0, Vec v1, const Tiles& tiles, int64_t start, int64_t blocks, int64_t b, int64_t n,
+                                int64_t c) {
+  if (tiles.floats) {
+    alignas(64) float numbers[32];
+    store(numbers, v0);
+    store(numbers + 16, v1);
+    float* to = tiles.floats + (start * blocks + b * n) * 32 + c;
+    for (int i = 0; i < 32; ++i) to[i * n] = numbers[i];
+  }
+  if (tiles.coded) {
+    uint8_t* to = tiles.coded + (start * blocks + b * n) * kCodedBlock;
+    const Vec halves[2] = {v0, v1};
+    float* floats = (float*)(to + 32 * n) + c;
+    int32_t* sums = (int32_t*)(to + 32 * n) + 3 * n + c;
+    floats[2 * n] = 0;
+    for (int half = 0; half < 2; ++half) {
+      const float most = largest(abs(halves[half]));
+      alignas(16) int8_t codes[16];
+      const int32_t sum = quantize(mul(halves[half], set1(most > 0 ? 127.0f / most : 0.0f)), codes);
+      for (int j = 0; j < 4; ++j) __builtin_memcpy(to + ((j + 4 * half) * n + c) * 4, codes + 4 * j, 4);
+      floats[half * n] = most / 127.0f;
+      floats[2 * n] += most / 127.0f * (float)sum;
+      sums[half * n] = -sum;
+    }
+  }
+}
+
 void prepare(const float* x, int64_t stride, const float* norm, float eps, Tiles tiles, int64_t first, int64_t last) {
   const int64_t cols = tiles.cols, blocks = (cols + kBlock - 1) / kBlock;
-  for (int64_t row = first; row < last; ++row) {
-    const int64_t start = row / kTileRows * kTileRows, c = row - start;
+  for (int64_t row = first, end; row < last; row = end) {
+    const int64_t start = row / kTileRows * kTileRows;
     const int64_t n = tiles.rows - start < kTileRows ? tiles.rows - start : kTileRows;
-    const float* from = x + row * stride;
-    Vec factor = set1(1.0f);
-    if (norm) factor = set1(1.0f / __builtin_sqrtf(mean_square(from, cols) + eps));
+    end = start + n < last ? start + n : last;
+    Vec factor[kTileRows];
+    for (int64_t r = row; r < end; ++r)
+      factor[r - row] = set1(norm ? 1.0f / __builtin_sqrtf(mean_square(x + r * stride, cols) + eps) : 1.0f);
+    // Block by block: the rows of a block lie among each other, and a wide tile is more than the first cache holds.
     for (int64_t b = 0; b < blocks; ++b) {
-      const Vec v0 = normed(from, b * kBlock, cols, norm, factor);
-      const Vec v1 = normed(from, b * kBlock + 16, cols, norm, factor);
-      if (tiles.floats) {
-        alignas(64) float numbers[32];
-        store(numbers, v0);
-        store(numbers + 16, v1);
-        float* to = tiles.floats + (start * blocks + b * n) * 32 + c;
-        for (int i = 0; i < 32; ++i) to[i * n] = numbers[i];
-      }
-      if (tiles.coded) {
-        uint8_t* to = tiles.coded + (start * blocks + b * n) * kCodedBlock;
-        const Vec halves[2] = {v0, v1};
-        float* floats = (float*)(to + 32 * n) + c;
-        int32_t* sums = (int32_t*)(to + 32 * n) + 3 * n + c;
-        floats[2 * n] = 0;
-        for (int half = 0; half < 2; ++half) {
-          const float most = largest(abs(halves[half]));
-          alignas(16) int8_t codes[16];
-          const int32_t sum = quantize(mul(halves[half], set1(most > 0 ? 127.0f / most : 0.0f)), codes);
-          for (int j = 0; j < 4; ++j) __builtin_memcpy(to + ((j + 4 * half) * n + c) * 4, codes + 4 * j, 4);
-          floats[half * n] = most / 127.0f;
-          floats[2 * n] += most / 127.0f * (float)sum;
-          sums[half * n] = -sum;
-        }
+      for (int64_t r = row; r < end; ++r) {
+        const Vec v0 = normed(x + r * stride, b * kBlock, cols, norm, factor[r - row]);
+        const Vec v1 = normed(x + r * stride, b * kBlock + 16, cols, norm, factor[r - row]);
+        prepare_block(v0, v1, tiles, start, blocks, b, n, r - start);
       }
     }
   }
