@@ -95,8 +95,12 @@ def watch(server: Server, until: float, seconds: float, go: threading.Event) -> 
     """By time, the server's memory in MB under load, and when all rest and the model has been let go of."""
     seen, began = [], time.monotonic()
     while time.monotonic() < until:
-        time.sleep(min(seconds, max(until - time.monotonic(), 0)))
-        loaded = server.gauge("memory_bytes") / 1e6
+        # What is held then changes from second to second.
+        end, samples = min(time.monotonic() + seconds, until), []
+        while not samples or time.monotonic() < end:
+            time.sleep(min(1, max(end - time.monotonic(), 0)))
+            samples.append(server.gauge("memory_bytes") / 1e6)
+        loaded = statistics.mean(samples)
         go.clear()
         eventually(server.free, 300)
         rests = server.gauge("memory_bytes") / 1e6
