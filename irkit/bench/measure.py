@@ -1,5 +1,6 @@
 """The measuring: which engines, which measures, how often."""
 
+import asyncio
 import json
 import statistics
 import subprocess
@@ -151,7 +152,7 @@ def bench(name: str | Path, options: BenchOptions, say: Callable[[str], None] = 
             for engine in engines if options.serve else ():
                 alone = _decoding_alone(engine, model.path, load, options.num_predict)
                 with alone as inside, serving.server(engine, model.path, threads) as url:
-                    serving.measure(url, model, options.num_predict, inside, partial(put, engine))
+                    asyncio.run(serving.measure(url, model, options.num_predict, inside, partial(put, engine)))
     return Report(
         model=str(name),
         path=str(model.path),

@@ -71,7 +71,7 @@ def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
     raise BackendError(f"no server answers at {url}")
 
 
-def measure(
+async def measure(
     url: str,
     model: Model,
     count: int,
@@ -80,16 +80,6 @@ def measure(
 ) -> None:
     """Ask the server at `url` for answers of `count` tokens, of which the engine makes `inside()` a second without it;
     `put` is given what was measured, its tokens or clients, and the value."""
-    asyncio.run(_measure(url, model, count, inside, put))
-
-
-async def _measure(
-    url: str,
-    model: Model,
-    count: int,
-    inside: Callable[[], float],
-    put: Callable[[str, int | None, float], None],
-) -> None:
     # An answer must not end early.
     always = {"model": "bench", "stream": True, "logit_bias": dict.fromkeys(map(str, model.tokenizer.eog_ids), -100)}
     # A connection each: a server may have closed one that is kept, just when it is used again.
@@ -125,9 +115,9 @@ async def _measure(
         put("serve_gain", CLIENTS, several / one)
         costs = []
         for _ in range(TURNS):  # in turns, and as greedily: the same work on the same machine
-            alone = inside()
+            without = inside()
             first, whole = await answer(text(SHORT), count, 0)
-            costs.append(alone * (whole - first) / max(count - 1, 1) - 1)
+            costs.append(without * (whole - first) / max(count - 1, 1) - 1)
         put("serve_cost", None, statistics.median(costs))
         await answer(text(LONG), 1)
         _, alone = await answer(text(LONG), 1)
