@@ -17,7 +17,7 @@ from irkit.transformer.sweep import Packing
 if TYPE_CHECKING:
     from irkit.engine.runtime import Runtime
 
-TOKENS = 256
+TOKENS = 384
 """Packed tokens that one call computes; of long texts, as many as two of them have."""
 _LENGTHS = 8
 """Lengths of texts are rounded up to a multiple, so that near ones share their programs."""
@@ -48,6 +48,8 @@ class Common:
     length: int
     streams: list[jax.Array]
     """What enters each layer, and at last what leaves the last."""
+    held: list[Sequence[jax.Array]]
+    """Of each layer, the corrupt run's rotated keys, and values, `[position, kv_head, d_head]`."""
     kept: list[Mapping[str, jax.Array]]
     """Of each layer, by hook point."""
 
@@ -73,13 +75,13 @@ def read(runtime: Runtime, clean: Sequence[int], corrupt: Sequence[int]) -> Comm
     """Both runs, in one batch."""
     tokens = np.zeros((2, -(-len(clean) // _LENGTHS) * _LENGTHS), np.int32)
     tokens[:, : len(clean)] = clean, corrupt
-    streams, kept = [run(runtime, programs.embed, runtime.params["embed"], tokens)], []
+    common = Common(len(clean), [run(runtime, programs.embed, runtime.params["embed"], tokens)], [], [])
     for layer in range(runtime.config.n_layers):
-        arguments = runtime.block(layer), streams[-1], runtime.params["inv_freq"]
-        resid, found = run(runtime, programs.common_layer, *arguments, config=runtime.config)
-        streams.append(resid)
-        kept.append(found)
-    return Common(len(clean), streams, kept)
+        arguments = runtime.block(layer), common.streams[-1], runtime.params["inv_freq"]
+        found = run(runtime, programs.common_layer, *arguments, config=runtime.config)
+        for values, value in zip((common.streams, common.held, common.kept), found, strict=True):
+            values.append(value)
+    return common
 
 
 def is_corrupt(common: Common, point: str, cell: Cell, same: int) -> bool:
@@ -102,20 +104,21 @@ def sweep(
     n_layers, result = runtime.config.n_layers, np.zeros(len(cells), np.float32)
     # A run begins to differ inside this layer, or at the start of the one after it.
     entries = [cell.layer + (POINTS[point] == "post") for cell in cells]
+    blocks = [runtime.block(layer) for layer in range(n_layers)]
     tables: dict[int, Any] = {}
     for group in _groups(cells, entries, common):
         first, beyond = entries[group[0]], entries[group[-1]] + 1
         tables = {i: tables.get(i) for i in range(first, beyond)}
         tables = {i: _table(runtime, common, point, i) if held is None else held for i, held in tables.items()}
-        packing = _pack([cells[i] for i in group], [entries[i] for i in group], common)
+        packing = jax.device_put(_pack([cells[i] for i in group], [entries[i] for i in group], common), runtime.at)
         resid: Any = np.zeros((1, len(packing.position), runtime.config.d_model), np.float32)
         for layer in range(first, n_layers):
             resid = run(
                 runtime,
                 programs.patched_layer,
-                runtime.block(layer),
+                blocks[layer],
                 resid,
-                tuple(common.kept[layer][name][1] for name in programs.KEPT[:2]),
+                common.held[layer],
                 tables[min(layer, beyond - 1)],
                 np.array(layer, np.int32),
                 packing,
@@ -125,7 +128,7 @@ def sweep(
                 last=layer == n_layers - 1,
             )
         if first == n_layers:
-            resid = np.asarray(tables[first])[packing.source[packing.last]][None]
+            resid = np.asarray(tables[first])[np.asarray(packing.source)[packing.last]][None]
         result[group] = measure(resid)[: len(group)]
     return result
 
@@ -170,7 +173,8 @@ def _pack(cells: Sequence[Cell], entries: Sequence[int], common: Common) -> Pack
         here = start + np.arange(len(own))
         alternative = 1 if cell.head is None else 1 + cell.head
         position[here], entry[here], place[here] = own, layer, row * size + own
-        source[here] = own + alternative * size * np.isin(own, cell.positions)
+        source[here] = own
+        source[start + np.subtract(cell.positions, own[0])] += alternative * size
         seen[row, own], query[row, own], first[row], last[row] = size + here, here, here[0], here[-1]
         start += len(own)
     return Packing(position, entry, source, seen, query, place, first, last)  # pyright: ignore[reportArgumentType]

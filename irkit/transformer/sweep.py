@@ -23,8 +23,9 @@ from irkit.transformer.taps import Taps, named
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-KEPT = ("attn.hook_rot_k", "attn.hook_v", "attn.hook_z", "hook_attn_out", "hook_mlp_out")
-"""What `common_layer` shows of the common run."""
+SEEN = ("attn.hook_rot_k", "attn.hook_v")
+KEPT = ("attn.hook_z", "hook_attn_out", "hook_mlp_out")
+"""What `common_layer` shows of all texts, and `SEEN` of the common run."""
 
 
 class Packing(NamedTuple):
@@ -54,15 +55,21 @@ def embed(matrix: Any, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
 
 def common_layer(
     block: Params, resid: Float[Array, "b t d"], inv_freq: Float[Array, " f"], *, config: Config
-) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
-    """The stream that leaves the layer, and what stands at the hook points `KEPT`, of texts read from their start."""
+) -> tuple[Float[Array, "b t d"], list[Array], dict[str, Array]]:
+    """The layer's output for texts read from their start, of which the last is the common run.
+
+    Returns:
+        The stream that leaves the layer; the common run's rotated keys, and values, `[t, k, h]`; and what stands at the
+        hook points `KEPT`.
+    """
     b, t, _ = resid.shape
     positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-    tap = Taps(named([f"blocks.0.{point}" for point in KEPT]))
+    tap = Taps(named([f"blocks.0.{point}" for point in SEEN + KEPT]))
     tap.layer(0)
     empty = jnp.zeros((b, config.n_kv_heads, t, config.d_head), jnp.float32)
     resid, _ = layer(block, resid, (empty, empty), positions, rotary(positions, inv_freq), config, tap)
-    return resid, {name.removeprefix("blocks.0."): value for name, value in tap.captures.items()}
+    shown = {name.removeprefix("blocks.0."): value for name, value in tap.captures.items()}
+    return resid, [shown.pop(name)[-1] for name in SEEN], shown
 
 
 def with_heads(
@@ -109,7 +116,9 @@ def patched_layer(
     constants = {"eps": config.eps, "scale": config.attention_scale}
     if not last and cpu.can_fuse(block, config.d_head):
         beginning = table, jnp.where((entry == index) & (enter == "mid"), source, -1)
-        where = packing.first, packing.last, packing.position
+        # Runs that begin in a later layer are still the common one, and are not computed.
+        until = jnp.where(entry[packing.last] <= index, packing.last, packing.first - 1)
+        where = packing.first, until, packing.position
         return cpu.layer_of_runs(block, resid, common, beginning, *where, rotation, **constants)
     normed = rms_norm(resid, block["ln1"], config.eps, tap, "ln1")
     k = rotate(heads(affine(normed, block, "k"), config.n_kv_heads), *rotation)

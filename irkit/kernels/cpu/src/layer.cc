@@ -313,34 +313,43 @@ int64_t layer_scratch(int64_t batch, int64_t tokens, int64_t n_heads, int64_t n_
       .bytes;
 }
 
+namespace {
+
+// The runs of a head are dealt out to at most this many tasks: room for each run would be more than the caches hold.
+constexpr int64_t kParts = 16;
+
+}  // namespace
+
 int64_t runs_scratch(int64_t runs, int64_t length, int64_t n_heads, int64_t n_kv_heads, int64_t d_head) {
   const int64_t cached = aligned(2 * length * d_head * 4), own = aligned(many_scratch(d_head, n_heads / n_kv_heads) * 4);
-  return runs * n_kv_heads * (cached + own);
+  return std::min(runs, kParts) * n_kv_heads * (cached + own);
 }
 
 void attend_runs(const Runs& r, uint8_t* scratch) {
   constexpr int64_t kAtOnce = 16;
   const int64_t h = r.d_head, group = r.n_heads / r.n_kv_heads, z_stride = r.n_heads * h;
-  const int64_t each = runs_scratch(1, r.length, r.n_heads, r.n_kv_heads, h) / r.n_kv_heads;
-  parallel(r.runs * r.n_kv_heads, [&](int64_t task) {
-    const int64_t run = task / r.n_kv_heads, head = task % r.n_kv_heads;
-    const int64_t first = r.first[run], count = r.last[run] - first + 1;
-    if (count <= 0) return;
+  const int64_t parts = std::min(r.runs, kParts), each = runs_scratch(1, r.length, group, 1, h);
+  parallel(parts * r.n_kv_heads, [&](int64_t task) {
+    const int64_t head = task % r.n_kv_heads;
     float* const keys = reinterpret_cast<float*>(scratch + task * each);
     float* const values = keys + r.length * h;
     float* const room = reinterpret_cast<float*>(scratch + task * each + aligned(2 * r.length * h * 4));
-    const int64_t begin = r.position[first];
-    for (int64_t at = 0; at < begin + count; ++at) {
-      const bool own = at >= begin;
-      const int64_t from = (own ? (first + at - begin) * r.stride : at * r.n_kv_heads * h) + head * h;
-      std::copy_n((own ? r.keys : r.common_keys) + from, h, keys + at * h);
-      std::copy_n((own ? r.values : r.common_values) + from, h, values + at * h);
-    }
-    for (int64_t i = 0; i < count; i += kAtOnce) {
-      const int64_t token = first + i, at = head * group * h;
-      kernels().attend_many({r.q + token * r.stride + at, r.z + token * z_stride + at, r.stride, z_stride, group, h,
-                             begin + i + 1, (int)std::min(kAtOnce, count - i), {keys, false}, {values, false}, r.scale,
-                             room});
+    for (int64_t run = task / r.n_kv_heads; run < r.runs; run += parts) {
+      const int64_t first = r.first[run], count = r.last[run] - first + 1;
+      if (count <= 0) continue;
+      const int64_t begin = r.position[first];
+      for (int64_t at = 0; at < begin + count; ++at) {
+        const bool own = at >= begin;
+        const int64_t from = (own ? (first + at - begin) * r.stride : at * r.n_kv_heads * h) + head * h;
+        std::copy_n((own ? r.keys : r.common_keys) + from, h, keys + at * h);
+        std::copy_n((own ? r.values : r.common_values) + from, h, values + at * h);
+      }
+      for (int64_t i = 0; i < count; i += kAtOnce) {
+        const int64_t token = first + i, at = head * group * h;
+        kernels().attend_many({r.q + token * r.stride + at, r.z + token * z_stride + at, r.stride, z_stride, group, h,
+                               begin + i + 1, (int)std::min(kAtOnce, count - i), {keys, false}, {values, false},
+                               r.scale, room});
+      }
     }
   });
 }
