@@ -321,8 +321,9 @@ class Generation:
 
     # The engine's side.
 
-    def _put(self, token: Token) -> None:
-        self._tokens.append(token)
+    def _put(self, *tokens: Token) -> None:
+        """What one call has made, at once: whoever is told runs beside the engine's thread, and holds up what it does."""
+        self._tokens.extend(tokens)
         self._notify()
 
     def _finish(self, reason: FinishReason, stats: Stats, tail: str = "") -> None:

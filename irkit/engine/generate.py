@@ -91,6 +91,7 @@ def generate(
             writer.reason = "cancelled"
         elif options.num_predict == 0:
             writer.reason = "length"
+        fresh: list[Token] = []
         for step, drawn in enumerate(one_by_one(sampled)):
             if writer.reason:
                 break
@@ -102,8 +103,9 @@ def generate(
             first = last if writer.count == 1 else first
             likeliest = alternatives(tokenizer, *drawn.top, options.top_logprobs)
             shown = show(captures, len(cache.ids), step if several else None) if captures else None
-            generation._put(Token(token, text, float(drawn.logprob[0]), likeliest, last - asked, shown))
+            fresh.append(Token(token, text, float(drawn.logprob[0]), likeliest, last - asked, shown))
             new = [token]
+        generation._put(*fresh)
     stats = Stats(
         prompt_tokens=len(ids),
         cached_tokens=cached,
