@@ -322,7 +322,7 @@ class Generation:
     # The engine's side.
 
     def _put(self, *tokens: Token) -> None:
-        """What one call has made, at once: whoever is told runs beside the engine's thread, and holds up what it does."""
+        """What one call has made, at once: who is told runs beside the engine's thread, and holds up what it does."""
         self._tokens.extend(tokens)
         self._notify()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -184,7 +183,8 @@ def one_by_one(sampled: Sampled | None) -> Iterator[Sampled]:
     if drawn.token.ndim == 1:
         yield drawn
     else:
-        yield from (jax.tree.map(itemgetter(step), drawn) for step in range(len(drawn.token)))
+        for token, logprob, ids, logprobs in zip(drawn.token, drawn.logprob, *drawn.top, strict=True):
+            yield drawn._replace(token=token, logprob=logprob, top=(ids, logprobs))
 
 
 def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple[KVCache, Sequence[int]]]:

@@ -276,9 +276,17 @@ class Runtime:
         rows: int = 1,
     ) -> Program:
         static = {"spec": spec, "top": steps.TOP if top else 0, "steps": self.at_once}
-        settings = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self._any_settings)
-        rest = np.int32(0), settings, sampling.everything(rows, self.config.d_vocab), operands
+        rest = np.int32(0), *self._choice(rows), operands
         return self._text_program(steps.decode, 1, capacity, *rest, rows=rows, **static)
+
+    def _choice(self, rows: int) -> tuple[Callable[[], Any], ...]:
+        """How to make examples of what says how to draw."""
+
+        def settings() -> Settings:
+            shaped = self._any_settings
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), shaped)
+
+        return settings, partial(sampling.everything, rows, self.config.d_vocab)
 
     def can_batch(self, rows: int, capacity: int, top: bool, spec: Spec, operands: Operands) -> bool:
         """Whether the programs are there that decode for so many answers; if not, they are compiled beside what goes
@@ -320,7 +328,7 @@ class Runtime:
     ) -> Program:
         if self._drawer is not self.device:
             return self._text_program(steps.read, size, capacity, _one(0), operands, spec=spec)
-        rest = _one(0), self._any_settings, sampling.everything(1, self.config.d_vocab), operands
+        rest = _one(0), *self._choice(1), operands
         likeliest = steps.TOP if top else 0
         return self._text_program(steps.read_and_sample, size, capacity, *rest, spec=spec, top=likeliest)
 
@@ -411,7 +419,8 @@ class Runtime:
     def _text_program(
         self, function: Callable[..., Any], size: int, capacity: int, *rest: Any, rows: int = 1, **static: Any
     ) -> Program:
-        """`function` of the parameters, a cache, which it takes over, `size` tokens, their place, and `rest`."""
+        """`function` of the parameters, a cache, which it takes over, `size` tokens, their place, and `rest`: examples,
+        or functions that make them, which are only called for a program that is not there yet."""
         taps = [(leaf.shape, leaf.dtype.char) for leaf in jax.tree.leaves(rest[-1])]
         sizes = rows, size, capacity, *taps
         arguments = partial(self._text_arguments, rows, size, capacity, *rest)
@@ -419,7 +428,8 @@ class Runtime:
 
     def _text_arguments(self, rows: int, size: int, capacity: int, *rest: Any) -> tuple[Any, ...]:
         tokens, start = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
-        return self._shapes, self._cache(capacity, rows), tokens, start, *rest
+        made = (each() if callable(each) else each for each in rest)
+        return self._shapes, self._cache(capacity, rows), tokens, start, *made
 
     def _call(self, program: Program, *arguments: Any) -> Any:
         if self.packed:
