@@ -42,10 +42,36 @@ async def _streamed(parts: AsyncIterator[bytes], media_type: str) -> Response:
 
     async def body() -> AsyncIterator[bytes]:
         yield first
-        async for part in parts:
-            yield part
+        async for piece in _joined(parts):
+            yield piece
 
     return StreamingResponse(body(), media_type=media_type)
+
+
+async def _joined(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """`parts`, in one piece those that come without a wait in between.
+
+    The engine makes several tokens in a call, and each write wakes the client, which takes a core from the engine. What
+    a slow client has not read yet is held here, as the answer's tokens are.
+    """
+    ready = asyncio.Queue[bytes]()
+
+    async def fill() -> None:
+        async for part in parts:
+            ready.put_nowait(part)
+
+    filling = asyncio.create_task(fill())
+    filling.add_done_callback(lambda _: ready.put_nowait(b""))  # or the last wait would have no end
+    try:
+        while not filling.done() or not ready.empty():
+            piece = await ready.get()
+            while not ready.empty():
+                piece += ready.get_nowait()
+            if piece:
+                yield piece
+        await filling
+    finally:
+        filling.cancel()
 
 
 async def _written(
