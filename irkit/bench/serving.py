@@ -142,8 +142,9 @@ async def measure(
         costs = []
         for _ in range(TURNS):  # in turns, and as greedily: the same work on the same machine
             without = inside()
-            taken = read(url, always | {"prompt": text(SHORT), "max_tokens": count, "temperature": 0})
-            costs.append(without * taken / max(count - 1, 1) - 1)
+            # As many behind the first, which prefill makes, as without: calls that make several are then as full.
+            taken = read(url, always | {"prompt": text(SHORT), "max_tokens": count + 1, "temperature": 0})
+            costs.append(without * taken / count - 1)
         put("serve_cost", None, statistics.median(costs))
         await answer(text(LONG), 1)
         _, alone = await answer(text(LONG), 1)
