@@ -60,7 +60,6 @@ class Metrics:
             self.answers.labels(model, "failed").inc()
             return
         stats = generation.stats
-        self.answers.labels(model, generation.finish_reason).inc()
         self.read.labels(model).inc(stats.prompt_tokens)
         self.cached.labels(model).inc(stats.cached_tokens)
         self.made.labels(model).inc(stats.tokens)
@@ -68,6 +67,7 @@ class Metrics:
             self.first.labels(model).observe(stats.load_seconds + stats.prefill_seconds)
         if stats.tokens_per_second:
             self.speed.labels(model).observe(stats.tokens_per_second)
+        self.answers.labels(model, generation.finish_reason).inc()  # last: who sees it sees the rest of its answer
 
 
 class CountsRequests:

@@ -1,8 +1,7 @@
-import time
-
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from real import eventually
 
 from irkit.server import create_app
 
@@ -43,9 +42,16 @@ def test_tokens_and_times_of_answers(client, path):
     body = CHAT if path[1] == "v" else CHAT | {"stream": False, "options": {"num_predict": 5}}
     if path == "/api/respond":
         body = {"model": "smollm2", "messages": CHAT["messages"], "num_predict": 5, "stream": False}
-    client.post(path, json=body)
-    before = samples(client)
-    client.post(path, json=body)
+
+    def answer() -> dict[tuple[str, ...], float]:
+        """Ask, and wait until it is counted, beside the reply: what the samples were before."""
+        before = samples(client)
+        client.post(path, json=body)
+        eventually(lambda: grown(client, before, "irkit_answers_total", "smollm2", "length"))
+        return before
+
+    answer()
+    before = answer()
     prompt = grown(client, before, "irkit_prompt_tokens_total", "smollm2")
     assert grown(client, before, "irkit_generated_tokens_total", "smollm2") == 5
     assert grown(client, before, "irkit_cached_tokens_total", "smollm2") == prompt - 1 > 10
@@ -65,11 +71,8 @@ def test_what_is_going_on(client):
         assert found["irkit_models",] >= 1
         assert found["irkit_models_bytes",] > 50e6
         assert found["irkit_memory_bytes",] > found["irkit_models_bytes",]
-    before, deadline = found, time.monotonic() + 30
-    while samples(client)["irkit_slots_busy",]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert grown(client, before, "irkit_answers_total", "smollm2", "cancelled") == 1
+    eventually(lambda: not samples(client)["irkit_slots_busy",])
+    eventually(lambda: grown(client, found, "irkit_answers_total", "smollm2", "cancelled") == 1)
 
 
 def test_two_servers_in_a_process_count_apart():
