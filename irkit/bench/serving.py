@@ -75,7 +75,7 @@ def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
     raise BackendError(f"no server answers at {url}")
 
 
-def read(url: str, body: dict[str, Any]) -> float:
+def _read(url: str, body: dict[str, Any]) -> float:
     """The seconds from an answer's first event to its end.
 
     The client is the standard library's, and makes nothing of what it reads: what parsing costs, on cores that the
@@ -143,7 +143,7 @@ async def measure(
         for _ in range(TURNS):  # in turns, and as greedily: the same work on the same machine
             without = inside()
             # As many behind the first, which prefill makes, as without: calls that make several are then as full.
-            taken = read(url, always | {"prompt": text(SHORT), "max_tokens": count + 1, "temperature": 0})
+            taken = _read(url, always | {"prompt": text(SHORT), "max_tokens": count + 1, "temperature": 0})
             costs.append(without * taken / count - 1)
         put("serve_cost", None, statistics.median(costs))
         await answer(text(LONG), 1)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import Request
@@ -12,6 +12,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from irkit.errors import IrkitError
 from irkit.server.errors import fault
 from irkit.server.places import PLACE, Answer
+
+_AHEAD = 64
+"""Parts of a stream that are made before a slow client has read those before them."""
 
 
 async def answer_once(request: Request, answer: Answer, reply: Awaitable[Any]) -> Response:
@@ -49,26 +52,29 @@ async def _streamed(parts: AsyncIterator[bytes], media_type: str) -> Response:
 
 
 async def _joined(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """`parts`, in one piece those that come without a wait in between.
+    """`parts`, in one piece those that come without a wait in between, and no more than `_AHEAD` of them.
 
-    The engine makes several tokens in a call, and each write wakes the client, which takes a core from the engine. What
-    a slow client has not read yet is held here, as the answer's tokens are.
+    The engine makes several tokens in a call, and each write wakes the client, which takes a core from the engine.
     """
-    ready = asyncio.Queue[bytes]()
+    ready = asyncio.Queue[bytes](_AHEAD)
 
     async def fill() -> None:
         async for part in parts:
-            ready.put_nowait(part)
+            await ready.put(part)
+
+    def end(_: Any) -> None:
+        with suppress(asyncio.QueueFull):  # then nobody waits for more
+            ready.put_nowait(b"")
 
     filling = asyncio.create_task(fill())
-    filling.add_done_callback(lambda _: ready.put_nowait(b""))  # or the last wait would have no end
+    filling.add_done_callback(end)
     try:
         while not filling.done() or not ready.empty():
-            piece = await ready.get()
+            piece = [await ready.get()]
             while not ready.empty():
-                piece += ready.get_nowait()
-            if piece:
-                yield piece
+                piece.append(ready.get_nowait())
+            if joined := b"".join(piece):
+                yield joined
         await filling
     finally:
         filling.cancel()

@@ -3,7 +3,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from irkit.server.streams import _joined
+from irkit.server.streams import _AHEAD, _joined
 
 
 def pieces(parts: AsyncIterator[bytes]) -> list[bytes]:
@@ -62,5 +62,26 @@ def test_who_reads_no_further_ends_what_makes_the_parts() -> None:
         assert await anext(joined) == b"a"
         await joined.aclose()  # pyright: ignore[reportAttributeAccessIssue]
         await asyncio.wait_for(ended.wait(), 5)
+
+    asyncio.run(read())
+
+
+def test_little_is_made_ahead_of_who_reads_slowly() -> None:
+    made = 0
+
+    async def parts() -> AsyncIterator[bytes]:
+        nonlocal made
+        while made < 1000:
+            made += 1
+            yield b"a"
+
+    async def read() -> None:
+        sizes = []
+        async for piece in _joined(parts()):
+            await asyncio.sleep(0.001)
+            sizes.append(len(piece))
+            assert made <= sum(sizes) + 2 * _AHEAD
+        assert sum(sizes) == 1000
+        assert max(sizes) <= _AHEAD
 
     asyncio.run(read())

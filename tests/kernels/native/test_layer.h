@@ -112,7 +112,7 @@ void test_pattern(int64_t tokens, int64_t group, int64_t d_head, int64_t capacit
 }
 
 void test_runs(int64_t group, int64_t d_head) {
-  // Those behind the fourth have the room of others: there are more than tasks.
+  // More than there is room for at a time: those behind the sixteenth take that of others.
   const int64_t length = 70, kv_heads = 2, heads = kv_heads * group, runs = 20;
   const int32_t begin[runs] = {0, 69, 13, 40, 68, 67, 66, 65, 64, 63, 62, 61, 60, 59, 58, 57, 56, 30, 69, 1};
   int32_t first[runs + 1], last[runs + 1];
