@@ -249,7 +249,7 @@ class Generation:
     def change(self, **options: Any) -> None:
         """Draws the tokens after this with other sampling options: those of `SamplingOptions`, the rest stay.
 
-        Tokens that are being computed meanwhile, four at most, are still drawn as before.
+        Tokens that are being computed meanwhile, eight at most, are still drawn as before.
 
         Raises:
             OptionError: an option is unknown, not one of sampling, or out of bounds.

@@ -117,6 +117,12 @@ class Worker:
         """Whether there is more to do than one answer."""
         return len(self._open) > 1
 
+    @property
+    def busy_otherwise(self) -> bool:
+        """Whether there is more to compute than the next step of the answers that wait for theirs."""
+        jobs = any(not task.answers for task in tuple(self._open))
+        return jobs or any(task.wants is None for task in self._running)
+
     def _put(self, task: _Task) -> Future[Any]:
         with self._lock:
             self._open.add(task)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_sampling_changes_between_calls(small_session: irkit.Session, monkeypatc
         answers[0].change(logit_bias={258: 1.0})
     ready.set()
     ids = [token.id for token in answers[0].tokens]
-    before = 1 + 2 * AT_ONCE  # what was under way is drawn as it was asked for
+    before = 1 + 3 * AT_ONCE  # what was drawn, and what was under way, is as it was asked for
     assert ids[:before] == [token.id for token in plain[:before]]
     assert {*ids[before:]} == {5}
 
@@ -163,8 +164,62 @@ def test_cancelled_between_calls(small_session: irkit.Session, monkeypatch: pyte
     ready.set()
     (found,) = answers
     assert found.finish_reason == "cancelled"
-    assert len(found.tokens) == 1 + 2 * AT_ONCE
+    assert len(found.tokens) == 1 + 3 * AT_ONCE, "what was drawn and not told yet is not lost"
     assert small_session._cache.ids == [*PROMPT, *(token.id for token in found.tokens)][:-1]
+
+
+def test_tokens_are_told_while_the_next_are_computed(
+    small_session: irkit.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Generation] = []
+    counts: list[tuple[int, int]] = []
+    decode = Runtime.decode
+
+    def counting(self: Runtime, *arguments: Any) -> Any:
+        *given, meanwhile = arguments
+        ready.wait(60)
+        before = len(answers[-1]._tokens)
+        return decode(self, *given, lambda: (meanwhile(), counts.append((before, len(answers[-1]._tokens))))[0])
+
+    monkeypatch.setattr(Runtime, "decode", counting)
+
+    def told(then: Callable[[], Any] = lambda: None, **options: Any) -> list[tuple[int, int]]:
+        small_session.reset()
+        counts.clear()
+        ready.clear()
+        answers.append(small_session.generate(PROMPT, **SAMPLED | {"num_predict": 13} | options))
+        then()
+        ready.set()
+        assert len(answers[-1].tokens) == 13
+        return counts.copy()
+
+    ready = threading.Event()
+    assert told() == [(1, 1), (1, 5), (5, 9)]
+    assert told(stop="no such text") == [(1, 1), (5, 5), (9, 9)], "only its text says whether there is a next"
+
+    job = partial(small_session.model.submit, lambda: None, small_session._cache)
+    assert told(then=job) == [(1, 1), (5, 5), (9, 9)], "a job waits, which might be computed first"
+
+
+def test_what_was_told_before_a_call_fails_stays(
+    small_session: irkit.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_session.reset()
+    expected = [token.id for token in small_session.generate(PROMPT, num_predict=9, **SAMPLED).tokens]
+    small_session.reset()
+    decode, calls = Runtime.decode, []
+
+    def failing(self: Runtime, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no more")
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(Runtime, "decode", failing)
+    failed = small_session.generate(PROMPT, **SAMPLED)
+    with pytest.raises(MemoryError):
+        failed.wait()
+    assert [token.id for token in failed.partial_tokens] == expected
 
 
 @pytest.mark.parametrize("count", [2, 5, 7])
