@@ -128,9 +128,15 @@ def _write(path: Path, data: bytes) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-    by_age = sorted(path.parent.iterdir(), key=lambda kept: kept.stat().st_mtime_ns)
-    for old in by_age[:-MOST_KEPT]:
+    for old in sorted(path.parent.iterdir(), key=_used)[:-MOST_KEPT]:
         old.unlink(missing_ok=True)
+
+
+def _used(kept: Path) -> int:
+    try:
+        return kept.stat().st_mtime_ns
+    except OSError:  # another process has deleted it meanwhile
+        return 0
 
 
 @cache

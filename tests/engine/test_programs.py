@@ -91,9 +91,12 @@ def test_a_full_disk_leaves_nothing_half_written(folder: Path, monkeypatch: pyte
 
 def test_only_the_programs_used_last_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "MOST_KEPT", 3)
+    folder.mkdir()
+    (folder / "gone").symlink_to(folder / "nowhere")  # listed, but not there any more
     for by in (1.0, 2.0, 3.0, 1.0, 4.0):
         get(by=by)
     assert len(list(folder.iterdir())) == 3
+    assert not (folder / "gone").is_symlink()
     TRACED.clear()
     get(by=1.0)
     assert not TRACED  # used lately, so it stayed
