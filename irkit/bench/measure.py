@@ -151,8 +151,10 @@ def bench(name: str | Path, options: BenchOptions, say: Callable[[str], None] = 
             about = _run(engines, model.path, load, options, longest, SECONDS, put)
             for engine in engines if options.serve else ():
                 alone = _decoding_alone(engine, model.path, load, options.num_predict)
-                with alone as inside, serving.server(engine, model.path, threads) as url:
-                    asyncio.run(serving.measure(url, model, options.num_predict, inside, partial(put, engine)))
+                with alone as (inside, own), serving.server(engine, model.path, threads) as url:
+                    rest = model, options.num_predict, partial(put, engine)
+                    serving.cost(own or url, inside, *rest)
+                    asyncio.run(serving.measure(url, *rest))
     return Report(
         model=str(name),
         path=str(model.path),
@@ -223,11 +225,15 @@ def _run(
 
 
 @contextmanager
-def _decoding_alone(engine: str, path: Path, load: LoadOptions, count: int) -> Iterator[Callable[[], float]]:
-    """Measures tokens a second without a server, behind a prompt as short as those that the server is asked."""
+def _decoding_alone(
+    engine: str, path: Path, load: LoadOptions, count: int
+) -> Iterator[tuple[Callable[[], float], str | None]]:
+    """What measures tokens a second without a server, behind a prompt as short as those that a server is asked; and the
+    address of a server in the same process, if the engine can have one."""
     with Worker(engine, load.model_dump()) as worker:
         worker.ask(what="load", path=str(path), tokens=serving.SHORT + count + 1)
-        yield lambda: count / worker.ask(what="decode", tokens=serving.SHORT, count=count, seconds=0)
+        own = f"http://127.0.0.1:{worker.ask(what='serve')}" if engine == "irkit" else None
+        yield lambda: count / worker.ask(what="decode", tokens=serving.SHORT, count=count, seconds=0), own
 
 
 class Worker:

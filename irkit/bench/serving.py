@@ -97,17 +97,41 @@ def _read(url: str, body: dict[str, Any]) -> float:
         connection.close()
 
 
-async def measure(
-    url: str,
-    model: Model,
-    count: int,
-    inside: Callable[[], float],
-    put: Callable[[str, int | None, float], None],
+def cost(
+    url: str, inside: Callable[[], float], model: Model, count: int, put: Callable[[str, int | None, float], None]
 ) -> None:
-    """Ask the server at `url` for answers of `count` tokens, of which the engine makes `inside()` a second without it;
-    `put` is given what was measured, its tokens or clients, and the value."""
-    # An answer must not end early.
-    always = {"model": "bench", "stream": True, "logit_bias": dict.fromkeys(map(str, model.tokenizer.eog_ids), -100)}
+    """Which fraction of the speed is lost where the server at `url` streams an answer of `count` tokens, of which the
+    engine makes `inside()` a second without it.
+
+    A server in the process that is measured without one has the same weights at the same place: two processes of one
+    engine differ by as much as serving costs.
+    """
+    name = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["id"]
+    body = _endless(model, name) | {"temperature": 0}
+    text, costs = _texts(model), []
+    for _ in range(TURNS):  # in turns, and as greedily: the same work on the same machine
+        without = inside()
+        # As many behind the first, which prefill makes, as without: calls that make several are then as full.
+        taken = _read(url, body | {"prompt": text(SHORT), "max_tokens": count + 1})
+        costs.append(without * taken / count - 1)
+    put("serve_cost", None, statistics.median(costs))
+
+
+def _endless(model: Model, name: str) -> dict[str, Any]:
+    """What asks for an answer that does not end early."""
+    return {"model": name, "stream": True, "logit_bias": dict.fromkeys(map(str, model.tokenizer.eog_ids), -100)}
+
+
+def _texts(model: Model) -> Callable[[int], str]:
+    """Makes prompts of so many tokens, none of which is in a cache."""
+    numbers = random.Random(time.time_ns())
+    return lambda tokens: model.tokenizer.decode(numbers.choices(range(300, model.tokenizer.vocab_size), k=tokens))
+
+
+async def measure(url: str, model: Model, count: int, put: Callable[[str, int | None, float], None]) -> None:
+    """Ask the server at `url` for answers of `count` tokens; `put` is given what was measured, its tokens or clients,
+    and the value."""
+    always, text = _endless(model, "bench"), _texts(model)
     # A connection each: a server may have closed one that is kept, just when it is used again.
     async with httpx.AsyncClient(
         base_url=url, timeout=None, limits=httpx.Limits(max_keepalive_connections=0)
@@ -129,23 +153,11 @@ async def measure(
             await asyncio.gather(*(answer(prompt, count) for prompt in prompts))
             return len(prompts) * count / (time.perf_counter() - began)
 
-        numbers = random.Random(time.time_ns())  # no prompt is in a cache
-
-        def text(tokens: int) -> str:
-            return model.tokenizer.decode(numbers.choices(range(300, model.tokenizer.vocab_size), k=tokens))
-
         await speed([text(SHORT) for _ in range(CLIENTS)])  # what must be compiled is compiled now
         await speed([text(SHORT) for _ in range(CLIENTS)])
         put("serve", 1, one := await speed([text(SHORT)]))
         put("serve", CLIENTS, several := await speed([text(SHORT) for _ in range(CLIENTS)]))
         put("serve_gain", CLIENTS, several / one)
-        costs = []
-        for _ in range(TURNS):  # in turns, and as greedily: the same work on the same machine
-            without = inside()
-            # As many behind the first, which prefill makes, as without: calls that make several are then as full.
-            taken = _read(url, always | {"prompt": text(SHORT), "max_tokens": count + 1, "temperature": 0})
-            costs.append(without * taken / count - 1)
-        put("serve_cost", None, statistics.median(costs))
         await answer(text(LONG), 1)
         _, alone = await answer(text(LONG), 1)
         long = asyncio.create_task(answer(text(LONG), 1))

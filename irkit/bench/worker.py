@@ -64,6 +64,10 @@ class Irkit:
         # The first token is prefill's.
         return self.session.generate(ids, num_predict=count + 1, **self._greedy).stats.decode_seconds
 
+    def serve(self) -> int:
+        """The port at which a server in this process has the model from now on."""
+        return int(self.session.serve(port=0).url.rpartition(":")[2])
+
     def decode_json(self, ids: Sequence[int], count: int) -> float:
         """As `decode`, where a schema says which tokens may come."""
         return self._in_json(ids, count).decode_seconds
@@ -178,7 +182,7 @@ def peak_memory() -> int:
 def answer(
     engine: Irkit | LlamaCpp, what: str, tokens: int = 0, count: int = 0, seconds: float = 0.0, path: str = ""
 ) -> float:
-    """The reply to one request, in seconds or bytes; a speed is measured again until `seconds` have passed."""
+    """The reply to one request, in seconds, bytes, or a port; a speed is measured again until `seconds` have passed."""
 
     def ids(seed: int) -> list[int]:
         # A new prompt each time, or it might be found in a cache; the same ones for every engine.
@@ -195,6 +199,8 @@ def answer(
     if what == "decode":
         same = ids(0)
         return repeat(lambda n: engine.decode(same, count), seconds)
+    if what == "serve" and isinstance(engine, Irkit):
+        return engine.serve()
     if what in ("decode_json", "json_masks") and isinstance(engine, Irkit):
         same, measure = ids(0), getattr(engine, what)
         return repeat(lambda n: measure(same, count), seconds)
