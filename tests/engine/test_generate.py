@@ -201,9 +201,7 @@ def test_tokens_are_told_while_the_next_are_computed(
     assert told(then=job) == [(1, 1), (5, 5), (9, 9)], "a job waits, which might be computed first"
 
 
-def test_what_was_told_before_a_call_fails_stays(
-    small_session: irkit.Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_told_before_a_call_fails_stays(small_session: irkit.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     small_session.reset()
     expected = [token.id for token in small_session.generate(PROMPT, num_predict=9, **SAMPLED).tokens]
     small_session.reset()
