@@ -176,10 +176,14 @@ def test_tokens_are_told_while_the_next_are_computed(
     decode = Runtime.decode
 
     def counting(self: Runtime, *arguments: Any) -> Any:
-        *given, meanwhile = arguments
         ready.wait(60)
-        before = len(answers[-1]._tokens)
-        return decode(self, *given, lambda: (meanwhile(), counts.append((before, len(answers[-1]._tokens))))[0])
+        before, meanwhile = len(answers[-1]._tokens), arguments[-1]
+
+        def counted() -> None:
+            meanwhile()
+            counts.append((before, len(answers[-1]._tokens)))
+
+        return decode(self, *[*arguments[:-1], counted])
 
     monkeypatch.setattr(Runtime, "decode", counting)
 
@@ -187,7 +191,7 @@ def test_tokens_are_told_while_the_next_are_computed(
         small_session.reset()
         counts.clear()
         ready.clear()
-        answers.append(small_session.generate(PROMPT, **SAMPLED | {"num_predict": 13} | options))
+        answers.append(small_session.generate(PROMPT, **dict(SAMPLED, num_predict=13, **options)))
         then()
         ready.set()
         assert len(answers[-1].tokens) == 13
