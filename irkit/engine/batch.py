@@ -36,7 +36,7 @@ class Decode:
     allowed: np.ndarray | None = None
     """A bit for each token that may be drawn: uint32 `[1, w]`."""
     meanwhile: Callable[[], None] = lambda: None
-    """What is left to do of the last step: done while the device computes this one. It may be called again."""
+    """What is left to do of the answer's last step."""
 
     @property
     def capacity(self) -> int:
@@ -56,16 +56,11 @@ class Decode:
         """Of its tapping, for the token that is read."""
         return self.tapping.operands(self.capacity, len(self.cache.ids), 1)
 
-    def together(self, steps: Sequence[Decode]) -> list[tuple[Sampled, dict[str, Any]]]:
+    def together(self, steps: Sequence[Decode], meanwhile: Callable[[], None]) -> list[tuple[Sampled, dict[str, Any]]]:
         """What was drawn, `[token, 1]` on the host, and what was captured, for each of `steps`.
 
         Where one of them can draw but one token a call, so do those beside it.
         """
-
-        def meanwhile() -> None:
-            for step in steps:
-                step.meanwhile()
-
         made: dict[Cache, tuple[Sampled, dict[str, Any]]] = {}
         if len(steps) > 1:
             top = any(step.top for step in steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -71,17 +72,17 @@ def generate(
     writer = Writer(tokenizer, options, room=cache.n_ctx - len(ids))
     new = ids[cached:]
     top = options.top_logprobs > 0
-    untold: list[Sampled] = []
+    untold: list[tuple[Sampled, float]] = []
 
-    def event(drawn: Sampled, shown: Any = None, last: bool = False) -> Token:
+    def event(drawn: Sampled, came: float, shown: Any = None, last: bool = False) -> Token:
         token = int(drawn.token[0])
         text, likeliest = writer.write(token, last), alternatives(tokenizer, *drawn.top, options.top_logprobs)
         return Token(token, text, float(drawn.logprob[0]), likeliest, came - asked, shown)
 
     def tell() -> None:
-        if untold:
-            generation._put(*map(event, untold))
+        if drawn := untold.copy():
             untold.clear()
+            generation._put(*starmap(event, drawn))
 
     while not writer.reason:
         if sampling() is not how:
@@ -95,6 +96,7 @@ def generate(
         sampled, captures = None, {}
         try:
             if not several:
+                tell()
                 if writer.count:
                     yield None
                 sampled, captures = yield from read(runtime, cache, new, settings, top, stopped, tapping, form)
@@ -110,9 +112,8 @@ def generate(
             writer.reason = "cancelled"
         elif options.num_predict == 0:
             writer.reason = "length"
-        # What may end the answer is written now, and what would wait for others to be computed first.
-        now = not several or bool(captures or form) or DEVICE.busy_otherwise
-        later = not now and writer.goes_on([int(drawn.token[0]) for drawn in made])
+        # Not where something is captured, or edited: the program may have to be compiled first.
+        later = several and not (tapping or form) and writer.goes_on([int(drawn.token[0]) for drawn in made])
         fresh: list[Token] = []
         for step, drawn in enumerate(made):
             if writer.reason:
@@ -121,11 +122,12 @@ def generate(
                 cache.ids.extend(new)
             new = [int(drawn.token[0])]
             if later:
-                untold.append(drawn)
+                untold.append((drawn, came))
                 continue
             shown = show(captures, len(cache.ids), step if several else None) if captures else None
-            fresh.append(event(drawn, shown, last=form is not None and form.take(new[0])))
-        generation._put(*fresh)
+            fresh.append(event(drawn, came, shown, last=form is not None and form.take(new[0])))
+        if fresh:  # who is told of nothing is woken all the same
+            generation._put(*fresh)
     stats = Stats(
         prompt_tokens=len(ids),
         cached_tokens=cached,

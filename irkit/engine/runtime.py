@@ -257,7 +257,7 @@ class Runtime:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[KVCache, Sampled, dict[str, Any]]:
         """Read `tokens` `[b, 1]`, which stand at `start` `[b]`, and draw the next `at_once` of each row: the first
-        axis of the results, which are on the host. `meanwhile` is called while the device computes.
+        axis of the results. What was drawn is on the host; `meanwhile` is called while the device computes.
 
         With `allowed`, uint32 `[b, w]`, which has a bit for each token that may be drawn, only the first is drawn:
         nobody knows yet what may follow it.

@@ -49,8 +49,13 @@ class Step(Protocol):
         """Equal for those that one call can compute."""
         ...
 
-    def together(self, steps: Sequence[Any]) -> list[Any]:
-        """The results of `steps`, all of this kind."""
+    @property
+    def meanwhile(self) -> Callable[[], None]:
+        """Does what is left of the step before, while the device computes; called again, nothing."""
+        ...
+
+    def together(self, steps: Sequence[Any], meanwhile: Callable[[], None]) -> list[Any]:
+        """The results of `steps`, all of this kind; `meanwhile` is called once they are under way."""
         ...
 
 
@@ -70,6 +75,8 @@ class _Task:
     client: str
     steps: Steps | None = None
     wants: Step | None = None
+    error: BaseException | None = None
+    """What went wrong while it waited for what it wants."""
 
 
 class Worker:
@@ -117,12 +124,6 @@ class Worker:
         """Whether there is more to do than one answer."""
         return len(self._open) > 1
 
-    @property
-    def busy_otherwise(self) -> bool:
-        """Whether there is more to compute than the next step of the answers that wait for theirs."""
-        jobs = any(not task.answers for task in tuple(self._open))
-        return jobs or any(task.wants is None for task in self._running)
-
     def _put(self, task: _Task) -> Future[Any]:
         with self._lock:
             self._open.add(task)
@@ -168,6 +169,7 @@ class Worker:
                 self._served = [client for client in self._served if client != task.client][-_REMEMBERED:]
                 self._served.append(task.client)
             else:
+                self._catch_up()
                 self._end(task, *_outcome(task.begin))
         self._waiting = [task for task in self._waiting if task in kept]
 
@@ -193,6 +195,8 @@ class Worker:
         until = time.monotonic() + _TOGETHER_SECONDS
         new = [task for task in self._running if task.steps is None]
         begun = [task for task in self._running if task.steps is not None and task.wants is None]
+        if new or begun:
+            self._catch_up()
         for task in new:
             self._advance(task, None)
             if time.monotonic() > until:
@@ -208,12 +212,20 @@ class Worker:
         for tasks in groups.values():
             wants = [task.wants for task in tasks]
             assert wants[0] is not None
-            found, error = _outcome(lambda first=wants[0], all=wants: first.together(all))
+            found, error = _outcome(lambda first=wants[0], all=wants: first.together(all, self._catch_up))
             for index, task in enumerate(tasks):
                 self._advance(task, None if found is None else found[index], error)
 
+    def _catch_up(self) -> None:
+        """Have the answers that wait for a step do what is left of the last: before others compute, or meanwhile."""
+        for task in self._running:
+            if task.wants is not None:
+                _, error = _outcome(task.wants.meanwhile)
+                task.error = task.error or error  # its own, not that of those whose step is computed
+
     def _advance(self, task: _Task, result: Any, error: BaseException | None = None) -> None:
         """Let an answer go on to its next step, with the result of the last, or the error."""
+        error, task.error = error or task.error, None
         try:
             steps = task.steps = task.steps or task.begin()
             task.wants = steps.throw(error) if error else steps.send(result)

@@ -202,7 +202,71 @@ def test_tokens_are_told_while_the_next_are_computed(
     assert told(stop="no such text") == [(1, 1), (5, 5), (9, 9)], "only its text says whether there is a next"
 
     job = partial(small_session.model.submit, lambda: None, small_session._cache)
-    assert told(then=job) == [(1, 1), (5, 5), (9, 9)], "a job waits, which might be computed first"
+    assert told(then=job) == [(1, 1), (1, 5), (5, 9)], "the job waits for the answer"
+
+
+@pytest.mark.parametrize("other", ["job", "answer"])
+def test_tokens_are_told_before_others_compute(
+    small_session: irkit.Session, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """What comes while a call is computed is begun before the next call is."""
+    small_session.reset()
+    decode, read, ready = Runtime.decode, Runtime.read, threading.Event()
+    answers: list[Generation] = []
+    counts: list[int] = []
+    others: list[Any] = []
+
+    def deciding(self: Runtime, *arguments: Any) -> Any:
+        ready.wait(60)
+        if not others and other == "job":
+            others.append(small_session.model.submit(lambda: counts.append(len(answers[0]._tokens))))
+        elif not others:
+            others.append(small_session.pooled().generate([7] * 9, num_predict=1))
+        return decode(self, *arguments)
+
+    def reading(self: Runtime, *arguments: Any) -> Any:
+        if others:
+            counts.append(len(answers[0]._tokens))
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Runtime, "decode", deciding)
+    monkeypatch.setattr(Runtime, "read", reading)
+    answers.append(small_session.generate(PROMPT, num_predict=13, **SAMPLED))
+    ready.set()
+    assert len(answers[0].tokens) == 13
+    assert counts[0] == 1 + AT_ONCE
+
+
+def test_tokens_are_told_before_those_at_the_end_of_the_context_are_read(
+    small_session: irkit.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_session.reset()
+    read, ready, counts = Runtime.read, threading.Event(), []
+
+    def reading(self: Runtime, *arguments: Any) -> Any:
+        ready.wait(60)
+        counts.append((arguments[2], len(answer._tokens)))
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Runtime, "read", reading)
+    prompt = [*PROMPT, 7, 8]
+    answer = small_session.generate(prompt, **SAMPLED)
+    ready.set()
+    assert answer.finish_reason == "context"
+    late = [(start, told) for start, told in counts if start >= len(prompt)]
+    assert late
+    assert all(told == start - len(prompt) + 1 for start, told in late)
+
+
+def test_nobody_is_woken_for_nothing(small_session: irkit.Session) -> None:
+    small_session.reset()
+    ready, seen = threading.Event(), []
+    small_session.model.submit(ready.wait)
+    answer = small_session.generate(PROMPT, num_predict=13, **SAMPLED)
+    answer._watchers.add(lambda: seen.append((len(answer._tokens), answer.done)))
+    ready.set()
+    answer.wait()
+    assert seen == [(1, False), (5, False), (9, False), (13, False), (13, True)]
 
 
 def test_what_was_told_before_a_call_fails_stays(small_session: irkit.Session, monkeypatch: pytest.MonkeyPatch) -> None:
