@@ -15,8 +15,7 @@ from irkit.engine.batch import Decode, room
 from irkit.engine.cache import AHEAD
 from irkit.engine.runtime import chunk
 from irkit.engine.stopping import StopStrings
-from irkit.engine.worker import DEVICE, Steps
-from irkit.errors import IrkitError
+from irkit.engine.worker import DEVICE, Steps, turn
 from irkit.results import Alternative, FinishReason, Generation, Score, Stats, Token
 
 if TYPE_CHECKING:
@@ -248,7 +247,7 @@ def score(
     """
     tokens = [Token(ids[0], tokenizer.token(ids[0]), None)]
     for arrays, part in chunks(runtime, cache, ids[:-1]):
-        yield from _turn(stopped)
+        yield from turn(stopped)
         start = len(cache.ids)
         targets = ids[start + 1 : start + 1 + len(part)]
         cache.arrays, *found = runtime.score(arrays, part, start, targets, tapping)
@@ -266,22 +265,11 @@ def embed(
     total = np.zeros(runtime.config.d_model, np.float32)
     last = total
     for arrays, part in chunks(runtime, cache, ids):
-        yield from _turn(stopped)
+        yield from turn(stopped)
         cache.arrays, subtotal, last = runtime.pool(arrays, part, len(cache.ids), tapping)
         total = total + np.asarray(subtotal[0])
         last = np.asarray(last[0])
     return last if pooling == "last" else total / len(ids)
-
-
-def _turn(stopped: Callable[[], bool]) -> Generator[None, None, None]:
-    """Let others go on.
-
-    Raises:
-        IrkitError: nobody waits any more.
-    """
-    yield None
-    if stopped():
-        raise IrkitError("it was cancelled")
 
 
 def alternatives(tokenizer: Tokenizer, ids: Any, logprobs: Any, top: int) -> tuple[Alternative, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from irkit import families, gguf, notebook, tokenizer
 from irkit.engine.cache import Cache, Pool
-from irkit.engine.worker import DEVICE, Steps
+from irkit.engine.worker import DEVICE, LOADER, Steps, until_done
 from irkit.errors import ContextFullError, ModelFileError, OptionError
 from irkit.garbage import uncollected
 from irkit.observing import ASKED_BY
@@ -159,7 +159,7 @@ class Model:
             if self._runtime is None or (self._runtime.done() and self._runtime.exception()):
                 nbytes = sum(tensor.nbytes for tensor in self.file.tensors.values())
                 bar = notebook.load_bar(self.path.stem, nbytes)
-                self._runtime = DEVICE.submit(partial(self._load, bar))
+                self._runtime = LOADER.submit(partial(self._load, bar))
         return self._runtime
 
     def _load(self, show: Callable[[float], None]) -> Runtime:
@@ -221,6 +221,7 @@ class Model:
         def steps() -> Steps:
             mine = self._pool.take(ids, taps.provenance, cache.n_ctx) if pooled else cache
             try:
+                ready = yield from until_done(runtime)
                 from irkit.engine.generate import generate
                 from irkit.engine.trace import shower
 
@@ -229,7 +230,7 @@ class Model:
                     kept.clear()  # or the arrays would be shared, and copied
                 show = shower(self, taps, list(ids), mine, capture)
                 words = self.tokenizer, mine, list(ids), options, seed, generation, stopped, asked, taps, show, form
-                yield from generate(runtime.result(), *words, goes_on=kept is not None, sampling=lambda: sampling)
+                yield from generate(ready, *words, goes_on=kept is not None, sampling=lambda: sampling)
                 mine.leave_batch()
             except BaseException as error:
                 mine.clear()  # what a failed step leaves in it is not to be trusted
@@ -278,28 +279,23 @@ class Model:
             ContextFullError, OptionError: a text does not fit, or what is asked for is not there.
         """
         taps = self._tapping(_longest(rows, n_ctx), options, edits, rows=len(rows))
-        runtime = self.load()
+        loading, left = self.load(), ASKED_BY.get().left
+        from irkit.engine import trace
 
-        def job() -> Trace:
-            from irkit.engine import trace
-
-            return trace.whole(self, name, runtime.result(), rows, taps, options)
-
-        return DEVICE.submit(job).result()
+        runtime = loading.result()
+        trace.check(trace.estimate(runtime, rows, taps, options), runtime, rows, taps, options)
+        words = self, name, runtime, rows, taps, options.logits, left.is_set
+        return DEVICE.answer(lambda: trace.whole(*words), left).result()
 
     def estimate(
         self, rows: Sequence[Sequence[int]], options: TraceOptions, edits: Sequence[Edit], n_ctx: int
     ) -> Estimate:
         """What `trace` would take."""
         taps = self._tapping(_longest(rows, n_ctx), options, edits, rows=len(rows))
-        runtime = self.load()
+        loading = self.load()
+        from irkit.engine import trace
 
-        def job() -> Estimate:
-            from irkit.engine import trace
-
-            return trace.estimate(runtime.result(), rows, taps, options)
-
-        return DEVICE.submit(job).result()
+        return trace.estimate(loading.result(), rows, taps, options)
 
     def score(
         self, ids: Sequence[int], top: int, n_ctx: int, edits: Sequence[Edit] = (), pooled: bool = False
@@ -318,7 +314,7 @@ class Model:
             cache = Cache(n_ctx)
             cache.provenance = taps.provenance
             words = self.tokenizer, cache, list(ids), top, taps, left.is_set
-            found = yield from score(runtime.result(), *words)
+            found = yield from score((yield from until_done(runtime)), *words)
             if pooled:
                 self._pool.put(cache)
             return found
@@ -341,11 +337,11 @@ class Model:
         def steps() -> Steps:
             from irkit.engine.generate import embed
 
-            vectors = []
+            ready, vectors = (yield from until_done(runtime)), []
             for ids in texts:
                 taps = self._tapping(len(ids), None, edits)
                 words = Cache(n_ctx), list(ids), pooling, taps, left.is_set
-                vectors.append((yield from embed(runtime.result(), *words)))
+                vectors.append((yield from embed(ready, *words)))
             return np.stack(vectors)
 
         vectors = DEVICE.answer(steps, left).result() if texts else np.zeros((0, self.config.d_model), np.float32)

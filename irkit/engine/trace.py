@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 
 from irkit.engine.tapping import Tapping
+from irkit.engine.worker import turn
 from irkit.errors import BudgetError
 from irkit.trace import Estimate, Largest, Provenance, Trace, Value, kept_axes
 from irkit.trace import size as human
@@ -45,20 +46,21 @@ class Call:
 
 
 def whole(
-    model: Model, name: str, runtime: Runtime, rows: Sequence[Sequence[int]], tapping: Tapping, options: TraceOptions
-) -> Trace:
-    """The `Trace` of the texts.
-
-    Raises:
-        BudgetError: it would take more than it may.
-    """
-    check(estimate(runtime, rows, tapping, options), runtime, rows, tapping, options)
-    calls = trace(runtime, rows, tapping, options.logits)
+    model: Model,
+    name: str,
+    runtime: Runtime,
+    rows: Sequence[Sequence[int]],
+    tapping: Tapping,
+    logits: Logits,
+    stopped: Callable[[], bool],
+) -> Generator[None, None, Trace]:
+    """The `Trace` of the texts, and the steps of making it."""
+    calls = yield from trace(runtime, rows, tapping, logits, stopped)
     strings = [[model.tokenizer.token(token) for token in ids] for ids in rows]
     held = nbytes([(call.captures, call.logits) for call in calls])
     source = provenance(model, name, tapping)
     found = values(calls, tapping)
-    return Trace(rows, strings, found, partial(_logits, calls, options.logits), source, model.config.n_layers, held)
+    return Trace(rows, strings, found, partial(_logits, calls, logits), source, model.config.n_layers, held)
 
 
 def provenance(model: Model, name: str, tapping: Tapping) -> Provenance:
@@ -86,7 +88,7 @@ def _logits(calls: Sequence[Call], which: Logits) -> np.ndarray | None:
 
 
 def estimate(runtime: Runtime, rows: Sequence[Sequence[int]], tapping: Tapping, options: TraceOptions) -> Estimate:
-    """What `whole` would take."""
+    """What a trace would take."""
     by_name, cache = sizes(runtime, len(rows), max(map(len, rows)), tapping, options.logits)
     budget = psutil.virtual_memory().available // 2 if options.budget is None else options.budget
     return Estimate(sum(by_name.values()), cache, by_name, budget)
@@ -175,12 +177,23 @@ def plan(length: int) -> tuple[list[tuple[int, int]], int]:
     return calls, 1 << (whole - 1).bit_length()
 
 
-def trace(runtime: Runtime, rows: Sequence[Sequence[int]], tapping: Tapping, logits: Logits) -> list[Call]:
-    """Read the texts in one batch, from an empty cache."""
+def trace(
+    runtime: Runtime,
+    rows: Sequence[Sequence[int]],
+    tapping: Tapping,
+    logits: Logits,
+    stopped: Callable[[], bool],
+) -> Generator[None, None, list[Call]]:
+    """Read the texts in one batch, from an empty cache; others have their turn between two calls.
+
+    Raises:
+        IrkitError: it was `stopped` there.
+    """
     calls, capacity = plan(max(map(len, rows)))
     cache = runtime.empty(capacity, len(rows))
     made = []
     for start, size in calls:
+        yield from turn(stopped)
         tokens = np.zeros((len(rows), size), np.int32)
         for row, ids in zip(tokens, rows, strict=True):
             part = ids[start : start + size]
@@ -188,7 +201,8 @@ def trace(runtime: Runtime, rows: Sequence[Sequence[int]], tapping: Tapping, log
         count = np.array([min(max(len(ids) - start, 0), size) for ids in rows], np.int32)
         cache, found, captures = runtime.trace(cache, tokens, start, np.maximum(count, 1), tapping, logits)
         made.append(Call(start, count, size, captures, found))
-    jax.block_until_ready([(call.captures, call.logits) for call in made])
+        # Or all calls would be under way at once, and nobody could go on between them.
+        jax.block_until_ready((cache.tokens, captures, found))
     return made
 
 

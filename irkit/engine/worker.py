@@ -1,4 +1,7 @@
-"""The thread that owns the device: what is to be computed is queued, and computed in order, answers side by side."""
+"""The thread that owns the device: what is to be computed is queued, and computed in order, answers side by side.
+
+Another one loads models meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Hashable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
+from irkit.errors import IrkitError
 from irkit.observing import ASKED_BY
 
 _Result = TypeVar("_Result")
@@ -27,6 +31,8 @@ MOST = 8
 _TOGETHER_SECONDS = 0.1
 """For how long those that have just come are read before the others decode again: as long as a part of a long prompt
 takes."""
+_PATIENCE = 0.002
+"""Seconds for which the device waits at a time for what another thread makes."""
 _REMEMBERED = 256
 """Clients of which it is known when they were served last."""
 
@@ -259,4 +265,25 @@ def _outcome(function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         return None, error
 
 
+def turn(stopped: Callable[[], bool]) -> Generator[None, None, None]:
+    """Let others go on.
+
+    Raises:
+        IrkitError: nobody waits any more.
+    """
+    yield None
+    if stopped():
+        raise IrkitError("it was cancelled")
+
+
+def until_done(future: Future[_Result]) -> Generator[None, None, _Result]:
+    """The result of `future`, for which others go on meanwhile."""
+    while not future.done():
+        wait([future], _PATIENCE)
+        yield None
+    return future.result()
+
+
 DEVICE = Worker()
+LOADER = Worker()
+"""It reads weights, so that those who have theirs go on."""
