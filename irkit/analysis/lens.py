@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pandas
 
     import irkit
+    from irkit.engine.runtime import Runtime
+    from irkit.engine.worker import Steps
     from irkit.widgets.lens import LensView
 
 _ROWS, _NUMBERS = 128, 1 << 23
@@ -245,13 +247,15 @@ def _read(session: irkit.Session, streams: np.ndarray, tokens: np.ndarray, k: in
     """`readings.lens` of `streams` `[pos, layer, d_model]`, some positions at a time; layers first in what it finds."""
     layers = streams.shape[1]
     at_once = max(min(_ROWS // layers, _NUMBERS // (layers * session.model.config.d_vocab)), 1)
-    loading = session.model.load()
 
-    def job() -> list[Any]:
+    def steps(runtime: Runtime, stopped: Callable[[], bool]) -> Steps:
         import jax
 
-        runtime, parts = loading.result(), []
+        from irkit.engine.worker import turn
+
+        parts = []
         for start in range(0, len(streams), at_once):
+            yield from turn(stopped)
             part = slice(start, start + at_once)
             missing = max(start + at_once - len(streams), 0)
             padded = np.pad(streams[part], [(0, missing), (0, 0), (0, 0)]), np.pad(tokens[part], (0, missing))
@@ -260,7 +264,7 @@ def _read(session: irkit.Session, streams: np.ndarray, tokens: np.ndarray, k: in
         return [np.concatenate(each).swapaxes(0, 1) for each in zip(*parts, strict=True)]
 
     names = ("ids", "logprobs", "kl", "ranks", "of_token", "entropy")
-    return dict(zip(names, session.model.submit(job).result(), strict=True))
+    return dict(zip(names, session.model.in_turns(steps), strict=True))
 
 
 def _cell(token: str) -> str:

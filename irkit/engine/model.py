@@ -153,6 +153,15 @@ class Model:
         """Have `job` done on the device's thread, behind everything asked so far of these caches."""
         return DEVICE.submit(job, *caches)
 
+    def in_turns(self, steps: Callable[[Runtime, Callable[[], bool]], Steps]) -> Any:
+        """What `steps`, given the runtime and whether nobody waits any more, return: others go on where they yield."""
+        loading, left = self.load(), ASKED_BY.get().left
+
+        def begin() -> Steps:
+            return (yield from steps((yield from until_done(loading)), left.is_set))
+
+        return DEVICE.answer(begin, left).result()
+
     def load(self) -> Future[Runtime]:
         """Start loading the weights, if that has not been done; what computes with them, once it is there."""
         with self._starting:
@@ -279,13 +288,11 @@ class Model:
             ContextFullError, OptionError: a text does not fit, or what is asked for is not there.
         """
         taps = self._tapping(_longest(rows, n_ctx), options, edits, rows=len(rows))
-        loading, left = self.load(), ASKED_BY.get().left
+        loading = self.load()
         from irkit.engine import trace
 
-        runtime = loading.result()
-        trace.check(trace.estimate(runtime, rows, taps, options), runtime, rows, taps, options)
-        words = self, name, runtime, rows, taps, options.logits, left.is_set
-        return DEVICE.answer(lambda: trace.whole(*words), left).result()
+        trace.check(trace.estimate(loading.result(), rows, taps, options), loading.result(), rows, taps, options)
+        return self.in_turns(lambda *how: trace.whole(self, name, rows, taps, options.logits, *how))
 
     def estimate(
         self, rows: Sequence[Sequence[int]], options: TraceOptions, edits: Sequence[Edit], n_ctx: int
@@ -306,20 +313,18 @@ class Model:
         """
         _check_fits(len(ids), n_ctx)
         taps = self._tapping(len(ids), None, edits)
-        runtime, left = self.load(), ASKED_BY.get().left
 
-        def steps() -> Steps:
+        def steps(runtime: Runtime, stopped: Callable[[], bool]) -> Steps:
             from irkit.engine.generate import score
 
             cache = Cache(n_ctx)
             cache.provenance = taps.provenance
-            words = self.tokenizer, cache, list(ids), top, taps, left.is_set
-            found = yield from score((yield from until_done(runtime)), *words)
+            found = yield from score(runtime, self.tokenizer, cache, list(ids), top, taps, stopped)
             if pooled:
                 self._pool.put(cache)
             return found
 
-        return DEVICE.answer(steps, left).result()
+        return self.in_turns(steps)
 
     def embed(
         self,
@@ -332,19 +337,17 @@ class Model:
         """One float32 vector a text, `[text, d_model]`."""
         for ids in texts:
             _check_fits(len(ids), n_ctx)
-        runtime, left = self.load(), ASKED_BY.get().left
 
-        def steps() -> Steps:
+        def steps(runtime: Runtime, stopped: Callable[[], bool]) -> Steps:
             from irkit.engine.generate import embed
 
-            ready, vectors = (yield from until_done(runtime)), []
+            vectors = []
             for ids in texts:
                 taps = self._tapping(len(ids), None, edits)
-                words = Cache(n_ctx), list(ids), pooling, taps, left.is_set
-                vectors.append((yield from embed(ready, *words)))
+                vectors.append((yield from embed(runtime, Cache(n_ctx), list(ids), pooling, taps, stopped)))
             return np.stack(vectors)
 
-        vectors = DEVICE.answer(steps, left).result() if texts else np.zeros((0, self.config.d_model), np.float32)
+        vectors = self.in_turns(steps) if texts else np.zeros((0, self.config.d_model), np.float32)
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
         return vectors

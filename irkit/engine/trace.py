@@ -48,10 +48,10 @@ class Call:
 def whole(
     model: Model,
     name: str,
-    runtime: Runtime,
     rows: Sequence[Sequence[int]],
     tapping: Tapping,
     logits: Logits,
+    runtime: Runtime,
     stopped: Callable[[], bool],
 ) -> Generator[None, None, Trace]:
     """The `Trace` of the texts, and the steps of making it."""

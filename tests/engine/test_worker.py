@@ -7,9 +7,12 @@ import time
 from concurrent.futures import Future
 from contextvars import copy_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import irkit
+from irkit.engine.model import Model
 from irkit.engine.worker import Steps, Worker
 from irkit.observing import ASKED_BY, Asker
 
@@ -114,3 +117,38 @@ def test_those_who_have_just_come_begin_before_others_go_on_but_not_for_long(mon
     monkeypatch.setattr("irkit.engine.worker._TOGETHER_SECONDS", 0)
     ask("abc", 0.001)
     assert begun == ["a 0", "b 0", "a 1", "c 0", "b 1", "c 1"]
+
+
+def test_answers_go_on_while_another_model_is_loaded(
+    session: irkit.Session, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, go, loading = Model._load, threading.Event(), threading.Event()
+
+    def slowly(self: Model, show: Any) -> Any:
+        loading.set()
+        assert go.wait(60)
+        return load(self, show)
+
+    session.generate("Once", num_predict=1).wait()
+    monkeypatch.setattr(Model, "_load", slowly)
+    with irkit.Session(tiny_path, backend="cpu", threads=1) as other:
+        late = other.generate("hello", num_predict=2)
+        assert loading.wait(60)
+        assert session.generate("Once upon", num_predict=5).wait_for(60)
+        assert not late.done
+        go.set()
+        assert late.stats.tokens <= 2
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_answers_and_is_loaded_again(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Model, show: Any) -> Any:
+        raise MemoryError("no more")
+
+    with irkit.Session(tiny_path, backend="cpu", threads=2, num_ctx=64) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "_load", fails)
+            with pytest.raises(MemoryError):
+                session.generate("hello", num_predict=2).wait()
+        assert session.pooled().generate("hello", num_predict=2, logit_bias={257: -100}).stats.tokens == 2

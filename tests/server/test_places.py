@@ -77,7 +77,7 @@ def test_beyond_the_queue_requests_are_refused_and_what_is_cancelled_makes_room(
     eventually(idle)
 
 
-@pytest.mark.parametrize("path", ["/api/generate", "/api/score", "/api/embed"])
+@pytest.mark.parametrize("path", ["/api/generate", "/api/score", "/api/embed", "/api/trace", "/api/lens"])
 def test_a_client_that_leaves_frees_the_engine_within_a_chunk(
     tiny: irkit.Session, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
@@ -95,11 +95,19 @@ def test_a_client_that_leaves_frees_the_engine_within_a_chunk(
 
         return reading
 
-    for name in ("read", "score", "pool"):
-        monkeypatch.setattr(Runtime, name, slowly(name))
     text = "ab " * 3000  # dozens of chunks
-    body = {"model": "tiny", "prompt": text, "raw": True} if path == "/api/generate" else {"model": "tiny"}
-    body |= {"text": text} if path == "/api/score" else {"input": [text]} if path == "/api/embed" else {}
+    bodies: dict[str, dict[str, Any]] = {
+        "/api/generate": {"prompt": text, "raw": True},
+        "/api/score": {"text": text},
+        "/api/embed": {"input": [text]},
+        "/api/trace": {"texts": text, "names": ["resid_post"], "reduce": "last", "logits": "none"},
+        "/api/lens": {"text": text[:300]},
+    }
+    body = bodies[path] | {"model": "tiny"}
+    if path in ("/api/trace", "/api/lens"):  # which compile what they read with
+        assert httpx.post(served.url + path, json=body, timeout=60).status_code == 200
+    for name in ("read", "score", "pool", "lens", *(["trace"] if path == "/api/trace" else [])):
+        monkeypatch.setattr(Runtime, name, slowly(name))
 
     def ask() -> None:
         with pytest.raises(httpx.ReadTimeout):
