@@ -524,13 +524,13 @@ def test_waiting_long_is_shown_and_taken_away(monkeypatch):
     monkeypatch.setattr(sys, "stderr", shown := Shown())
     done = Future[int]()
     threading.Timer(0.7, done.set_result, [7]).start()
-    assert wait(done, "loading m") == 7
-    assert re.fullmatch(r"\rloading m, [01] s\r +\r", shown.getvalue())
+    assert wait(done, "loading m", lambda: 0.25) == 7
+    assert re.fullmatch(r"\rloading m \[#{5} {15}\]  25%\r +\r", shown.getvalue())
     quick, failed = Future[int](), Future[int]()
     quick.set_result(8)
     failed.set_exception(irkit.IrkitError("no"))
     monkeypatch.setattr(sys, "stderr", shown := Shown())
-    assert wait(quick, "loading m") == 8
+    assert wait(quick, "loading m", float) == 8
     with pytest.raises(irkit.IrkitError, match=r"^no$"):
-        wait(failed, "loading m")
+        wait(failed, "loading m", float)
     assert shown.getvalue() == ""

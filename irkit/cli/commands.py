@@ -402,12 +402,11 @@ def _session(given: dict[str, Any]) -> Iterator[Session]:
 def _answer(session: Session, ask: Callable[[], Generation], in_json: bool, verbose: bool) -> None:
     """Prints an answer as it is made, and on stderr what makes it."""
     session.model.load()
-    # The backend is known when the weights are loaded: until then, the prompt is laid out and tokenized.
-    info = session.model.submit(session.info) if verbose or is_terminal(sys.stderr) else None
-    generation = ask()
+    generation = ask()  # the prompt is laid out and tokenized meanwhile
     try:
-        if info:
-            say(wait(info, f"loading {session.name}").backend)
+        if verbose or is_terminal(sys.stderr):
+            wait(session.model.load(), f"loading {session.name}", lambda: session.model.progress)
+            say(session.info().backend)
         if in_json:
             _show(generation, in_json)
         else:

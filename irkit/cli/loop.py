@@ -37,7 +37,8 @@ def prompt_loop(session: "Session", system: str | None, options: GenerateOptions
 
 def _converse(session: "Session", system: str | None, options: GenerateOptions) -> None:
     prompt = _prompt_session()
-    say(wait(session.model.submit(session.info), f"loading {session.name}").backend)
+    wait(session.model.load(), f"loading {session.name}", lambda: session.model.progress)
+    say(session.info().backend)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while True:

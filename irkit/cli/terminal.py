@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 _PATIENCE = 0.5
 """Seconds to wait without a word."""
+_WIDTH = 20
+"""Characters of a bar."""
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -56,16 +57,17 @@ def end_as_by_sigpipe() -> NoReturn:
     os._exit(1)  # Windows has no such signal
 
 
-def wait(future: "Future[_Result]", what: str) -> _Result:
-    """The result of `future`; a terminal shows what it is waited for, if it takes long, and for how long."""
+def wait(future: "Future[_Result]", what: str, done: Callable[[], float]) -> _Result:
+    """The result of `future`; a terminal shows what is waited for, if it takes long, and which fraction is `done`."""
     if not is_terminal(sys.stderr):
         return future.result()
-    began, shown = time.monotonic(), ""
+    shown = ""
     while not future.done():
         with contextlib.suppress(TimeoutError):
             future.exception(timeout=_PATIENCE)
             break
-        shown = f"{what}, {time.monotonic() - began:.0f} s"
+        fraction = done()
+        shown = f"{what} [{'#' * round(_WIDTH * fraction):<{_WIDTH}}] {fraction:4.0%}"
         print(f"\r{shown}", end="", file=sys.stderr, flush=True)
     if shown:
         print(f"\r{' ' * len(shown)}\r", end="", file=sys.stderr, flush=True)

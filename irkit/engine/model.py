@@ -98,6 +98,8 @@ class Model:
         self._vocabulary: LLTokenizer | None = None
         self._indexing = threading.Lock()
         self._pool = Pool()
+        self.progress = 0.0
+        """Which fraction of the weights is in its place."""
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +170,12 @@ class Model:
             if self._runtime is None or (self._runtime.done() and self._runtime.exception()):
                 nbytes = sum(tensor.nbytes for tensor in self.file.tensors.values())
                 bar = notebook.load_bar(self.path.stem, nbytes)
-                self._runtime = LOADER.submit(partial(self._load, bar))
+
+                def show(fraction: float) -> None:
+                    self.progress = fraction
+                    bar(fraction)
+
+                self._runtime = LOADER.submit(partial(self._load, show))
         return self._runtime
 
     def _load(self, show: Callable[[float], None]) -> Runtime:
