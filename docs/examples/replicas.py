@@ -2,10 +2,11 @@
 
 A replica is a whole server, with models, caches and queue of its own; Ray Serve divides the requests among them, starts
 them on the machines of its cluster and again where one fails. IRKIT_REPLICAS says how many there are, IRKIT_CPUS how
-many cores each has.
+many cores each has, IRKIT_API_KEY the key that requests must carry.
 """
 
 import os
+import sys
 
 from fastapi import FastAPI
 from ray import serve
@@ -17,9 +18,14 @@ def build() -> FastAPI:
     """The server of one replica; it is made there, not sent there."""
     from irkit.options import ServeOptions
     from irkit.server import create_app
+    from irkit.server.listen import OPEN_TO_ALL
 
-    # The proxy of Ray Serve listens, on whatever address it is told: names are looked at there, the key here.
-    return create_app(ServeOptions(host="0.0.0.0", api_key=os.environ.get("IRKIT_API_KEY")))
+    key = os.environ.get("IRKIT_API_KEY") or None
+    if not key:
+        print(f"irkit: {OPEN_TO_ALL}", file=sys.stderr, flush=True)
+    # The proxy of Ray Serve listens, and passes on whatever name it is reached by. A key keeps out the web pages that
+    # reach it by a name of their own (DNS rebinding); where there is none, only local names are answered.
+    return create_app(ServeOptions(host="0.0.0.0" if key else "127.0.0.1", api_key=key))
 
 
 @serve.deployment(

@@ -1,10 +1,13 @@
 import asyncio
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +15,7 @@ from irkit.options import ServeOptions
 from irkit.server import create_app
 from irkit.server.security import is_local, is_loopback
 
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 LOCAL = [
     *("localhost", "localhost:11434", "LOCALHOST", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:11434"),
     *("nas.local", "nas.local:11434", "host.docker.internal:11434", "app.localhost", "192.168.1.7", "10.0.0.1:1"),
@@ -48,9 +52,12 @@ def test_loopback():
 
 def ask(options: ServeOptions, method: str, path: str, **how: Any) -> httpx.Response:
     """What a server with these options answers, which is reached as http://localhost:11434."""
+    return request(create_app(options), method, path, **how)
 
+
+def request(app: FastAPI, method: str, path: str, **how: Any) -> httpx.Response:
     async def asking() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(options))
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:11434") as client:
             return await client.request(method, path, **how)
 
@@ -158,6 +165,29 @@ def test_a_server_that_everybody_reaches_warns_without_a_key(words, warns):
         said += process.stderr.read()
     assert ("warning: whoever can reach this address" in said) is warns
     assert KEY not in said
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+@pytest.mark.parametrize(("key", "status", "named"), [(None, 403, 200), ("", 403, 200), (KEY, 401, 401)])
+def test_no_page_reaches_replicas_by_a_name_of_its_own(monkeypatch, capsys, key, status, named):
+    """Ray's proxy looks at no names, and a page's origin is that of the name it was reached by."""
+    pytest.importorskip("ray")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    if key is None:
+        monkeypatch.delenv("IRKIT_API_KEY", raising=False)
+    else:
+        monkeypatch.setenv("IRKIT_API_KEY", key)
+    build = importlib.import_module("replicas").build
+
+    def reply(host: str, **headers: str) -> httpx.Response:
+        headers |= {"host": host, "origin": f"http://{host}"}
+        return request(build(), "GET", "/api/tags", headers=headers)
+
+    assert reply("evil.example:8000").status_code == status
+    assert ("warning: whoever can reach this address" in capsys.readouterr().err) is (not key)
+    assert {reply(host).status_code for host in ("localhost:8000", "127.0.0.1:8000", "10.0.0.1:8000")} == {named}
+    if key:
+        assert reply("my.server.example", authorization=f"Bearer {KEY}").status_code == 200
 
 
 @pytest.mark.parametrize(
