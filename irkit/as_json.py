@@ -45,6 +45,8 @@ def as_json(value: Any, trace: Callable[[Trace], Any] | None = None) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, np.ndarray):
+        if np.isfinite(value).all():
+            return value.tolist()
         # JSON has no infinity, which masked scores are.
         return np.where(np.isfinite(value), value.astype(object), np.array(None)).tolist()
     return value

@@ -9,7 +9,7 @@ from typing import Any
 from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from fastapi_offline import FastAPIOffline
 from pydantic import Field, create_model
 from starlette.exceptions import HTTPException
@@ -24,6 +24,7 @@ from irkit.server import memory, metrics, ollama, openai, tokens
 from irkit.server.captures import Format, bounded, sent, without_traces
 from irkit.server.errors import fault
 from irkit.server.places import TakesPlace
+from irkit.server.replies import json_response
 from irkit.server.requests import body_of, read
 from irkit.server.security import KnownOriginsOnly, LocalHostsOnly, WithKeyOnly, allowed_origins, api_key, is_loopback
 from irkit.server.sessions import Sessions
@@ -148,8 +149,10 @@ def _add_verb(app: FastAPI, sessions: Sessions, verb: Verb, budget: int) -> None
                 return await answer_lines(request, generation, _tokens(asked.model, generation, put))
             return await answer_once(request, generation, _result(asked.model, generation, put))
 
-        result = await sessions.compute(lambda: sent(ask(), given.get("format", "json")))
-        return JSONResponse({"model": asked.model, "result": result})
+        def made() -> Response:
+            return json_response({"model": asked.model, "result": sent(ask(), given.get("format", "json"))})
+
+        return await sessions.compute(made)
 
 
 async def _tokens(model: str, generation: Generation, put: Callable[[Any], Any]) -> AsyncIterator[dict[str, Any]]:

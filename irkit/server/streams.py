@@ -1,17 +1,17 @@
 """Answers that are still being made, as HTTP responses; a client that leaves ends its answer."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from irkit.errors import IrkitError
 from irkit.server.errors import fault
 from irkit.server.places import PLACE, Answer
+from irkit.server.replies import written
 
 _AHEAD = 64
 """Parts of a stream that are made before a slow client has read those before them."""
@@ -20,7 +20,7 @@ _AHEAD = 64
 async def answer_once(request: Request, answer: Answer, reply: Awaitable[Any]) -> Response:
     """A response of one JSON object, `reply`, which waits for the end of `answer`."""
     async with cancelled_with_client(request, answer):
-        return JSONResponse(await reply)
+        return Response(await written(await reply), media_type="application/json")
 
 
 async def answer_lines(request: Request, answer: Answer, objects: AsyncIterator[dict[str, Any]]) -> Response:
@@ -84,34 +84,31 @@ async def _written(
     request: Request,
     answer: Answer,
     objects: AsyncIterator[dict[str, Any]],
-    write: Callable[[Any], bytes],
+    framed: Callable[[bytes], bytes],
     end: bytes = b"",
 ) -> AsyncIterator[bytes]:
     begun = False
     async with cancelled_with_client(request, answer):
         try:
             async for item in objects:
-                yield write(item)
+                yield framed(await written(item))
                 begun = True
             if end:
                 yield end
         except Exception as error:
             if not begun:
                 raise
-            yield write(fault(error).body(request.url.path))
+            yield framed(await written(fault(error).body(request.url.path)))
             if not isinstance(error, IrkitError):
                 raise
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one for each token
+def _line(item: bytes) -> bytes:
+    return item + b"\n"
 
 
-def _line(item: Any) -> bytes:
-    return _encode(item).encode() + b"\n"
-
-
-def _event(item: Any) -> bytes:
-    return b"data: " + _line(item) + b"\n"
+def _event(item: bytes) -> bytes:
+    return b"data: " + item + b"\n\n"
 
 
 @asynccontextmanager

@@ -6,10 +6,11 @@ They name no model as a rule: it is the one that the server holds.
 from typing import Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from irkit.errors import OptionError
 from irkit.options import LoadOptions, Messages, Options, PlainText, TokenIds, Tools
+from irkit.server.replies import json_response
 from irkit.server.requests import body_of, read
 from irkit.server.sessions import Sessions
 from irkit.session import Session
@@ -58,7 +59,7 @@ def router(sessions: Sessions) -> APIRouter:
         return await sessions.get(name, LoadOptions(), computes=False)
 
     @routes.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
-    async def tokenize(request: Request) -> dict[str, Any]:
+    async def tokenize(request: Request) -> Response:
         """Turn text into token ids."""
         asked = await read(request, TokenizeRequest)
         text, special = asked.content, asked.add_special
@@ -68,20 +69,24 @@ def router(sessions: Sessions) -> APIRouter:
             raise OptionError('option "content" is missing', "content")
         session = await session_of(asked.model)
 
-        def made() -> list[Any]:
+        def made() -> Response:
             ids = session.tokenize(text, add_special=special, parse_special=asked.parse_special)
-            return [{"id": id, "piece": _piece(session, id)} for id in ids] if asked.with_pieces else ids
+            tokens = [{"id": id, "piece": _piece(session, id)} for id in ids] if asked.with_pieces else ids
+            return json_response({"tokens": tokens, "count": len(ids), "max_model_len": session.n_ctx})
 
-        tokens = await to_thread.run_sync(made)
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": session.n_ctx}
+        return await to_thread.run_sync(made)
 
     @routes.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
-    async def detokenize(request: Request) -> dict[str, str]:
+    async def detokenize(request: Request) -> Response:
         """Turn token ids into text."""
         asked = await read(request, DetokenizeRequest)
         session = await session_of(asked.model)
-        text = await to_thread.run_sync(session.detokenize, asked.tokens)
-        return {"content": text, "prompt": text}
+
+        def made() -> Response:
+            text = session.detokenize(asked.tokens)
+            return json_response({"content": text, "prompt": text})
+
+        return await to_thread.run_sync(made)
 
     @routes.post("/apply-template", openapi_extra=body_of(TemplateRequest))
     async def apply_template(request: Request) -> dict[str, str]:

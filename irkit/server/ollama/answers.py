@@ -31,6 +31,7 @@ from irkit.server.ollama.requests import (
     refuse,
 )
 from irkit.server.openai.choices import logprob_entry
+from irkit.server.replies import json_response
 from irkit.server.requests import body_of, read
 from irkit.server.sessions import Sessions
 from irkit.server.streams import answer_lines, answer_once
@@ -96,23 +97,22 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         session = await sessions.get(asked.named, load, keep_alive=asked.kept)
         opened = time.perf_counter()
 
-        def made() -> tuple[int, np.ndarray]:
+        def made() -> Response:
             room = session.n_ctx
             ids = [session.tokenize(text) for text in texts]
             rows = [row[:room] if asked.truncate else row or text for row, text in zip(ids, texts, strict=True)]
             vectors = session.embed([row or "" for row in rows], **dict(options))
-            return sum(map(len, rows)), _shortened(vectors, asked.dimensions, options)
+            return json_response(
+                {
+                    "model": asked.named,
+                    "embeddings": as_json(_shortened(vectors, asked.dimensions, options)),
+                    "total_duration": _ns(time.perf_counter() - began),
+                    "load_duration": _ns(opened - began),
+                    "prompt_eval_count": sum(map(len, rows)),
+                }
+            )
 
-        tokens, vectors = await sessions.compute(made)
-        return JSONResponse(
-            {
-                "model": asked.named,
-                "embeddings": as_json(vectors),
-                "total_duration": _ns(time.perf_counter() - began),
-                "load_duration": _ns(opened - began),
-                "prompt_eval_count": tokens,
-            }
-        )
+        return await sessions.compute(made)
 
     @routes.post("/embeddings", openapi_extra=body_of(EmbeddingsRequest))
     async def embeddings(request: Request) -> Response:
@@ -122,8 +122,11 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         session = await sessions.get(asked.named, load, keep_alive=asked.kept)
         if not asked.prompt:
             return JSONResponse({"embedding": []})
-        vectors = await sessions.compute(lambda: session.embed(asked.prompt, **dict(options)))
-        return JSONResponse({"embedding": as_json(vectors[0])})
+
+        def made() -> Response:
+            return json_response({"embedding": as_json(session.embed(asked.prompt, **dict(options))[0])})
+
+        return await sessions.compute(made)
 
     return routes
 

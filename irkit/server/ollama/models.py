@@ -10,7 +10,7 @@ import numpy as np
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request
 from fastapi.concurrency import contextmanager_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 import irkit
 from irkit import gguf, hub
@@ -19,6 +19,7 @@ from irkit.errors import ModelNotFoundError, OptionError
 from irkit.server.ollama.jobs import Job
 from irkit.server.ollama.requests import CopyRequest, CreateRequest, OllamaRequest, PullRequest, ShowRequest, refuse
 from irkit.server.places import PLACE
+from irkit.server.replies import json_response
 from irkit.server.requests import body_of, read
 from irkit.server.sessions import Running, Sessions, known
 from irkit.server.streams import answer_lines, answer_once
@@ -70,9 +71,11 @@ def router(sessions: Sessions) -> APIRouter:
         asked = await read(request, ShowRequest)
         name = _new_name(asked.named)
         lent = next((running for running in sessions.running() if running.lent and running.name == name), None)
-        return JSONResponse(
-            await to_thread.run_sync(lambda: _shown(_manifest_of(lent) if lent else _here(asked.named), asked.verbose))
-        )
+
+        def made() -> Response:
+            return json_response(_shown(_manifest_of(lent) if lent else _here(asked.named), asked.verbose))
+
+        return await to_thread.run_sync(made)
 
     @routes.post("/pull", openapi_extra=body_of(PullRequest))
     async def pull(request: Request) -> Response:

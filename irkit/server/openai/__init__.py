@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from anyio import to_thread
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from irkit import hub
 from irkit.as_json import as_json
@@ -31,6 +31,7 @@ from irkit.server.openai.requests import (
     message_of,
     texts_of,
 )
+from irkit.server.replies import json_response
 from irkit.server.requests import body_of, read
 from irkit.server.sessions import Sessions, known
 from irkit.server.streams import answer_events, answer_once, cancelled_with_client
@@ -156,15 +157,15 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         if asked.dimensions not in (None, own):
             raise OptionError(f'option "dimensions" must be {own}, which the vectors of this model have', "dimensions")
 
-        def made() -> tuple[int, np.ndarray]:
+        def made() -> Response:
             rows = [session.tokenize(text) if isinstance(text, str) else text for text in texts_of(asked.input)]
-            return sum(map(len, rows)), session.embed(rows, **options)
+            tokens, vectors = sum(map(len, rows)), session.embed(rows, **options)
+            put = _base64 if asked.encoding_format == "base64" else as_json
+            data = [{"object": "embedding", "index": i, "embedding": put(vector)} for i, vector in enumerate(vectors)]
+            usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+            return json_response({"object": "list", "data": data, "model": asked.model, "usage": usage})
 
-        tokens, vectors = await sessions.compute(made)
-        put = _base64 if asked.encoding_format == "base64" else as_json
-        data = [{"object": "embedding", "index": i, "embedding": put(vector)} for i, vector in enumerate(vectors)]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": asked.model, "usage": usage})
+        return await sessions.compute(made)
 
     return routes
 

@@ -183,7 +183,11 @@ async def text_pieces(
     offset = len(echoed)
     if echoed or score:
         scored = score.tokens if score and shown.logprobs else ()
-        yield piece(echoed, token_lists(shown.session, scored, offsets(shown.session, scored, ids)) if scored else None)
+
+        def lists_of_all() -> dict[str, list[Any]]:
+            return token_lists(shown.session, scored, offsets(shown.session, scored, ids))
+
+        yield piece(echoed, await asyncio.to_thread(lists_of_all) if scored else None)
     if generation is None:
         yield piece("", finish="length")
         return
