@@ -9,7 +9,9 @@ import pytest
 
 from irkit.engine import Model
 from irkit.errors import ContextFullError
+from irkit.options import LoadOptions
 from irkit.results import Generation, Token
+from irkit.server.sessions import Sessions
 
 ASK: dict[str, Any] = {"model": "smollm2", "options": {"seed": 7, "temperature": 0.7, "num_predict": 8}}
 SHAPES = {
@@ -99,7 +101,15 @@ def test_logprobs_of_each_token(client, path):
         ({"options": {"seed": True}}, 'option "seed" must be of type integer'),
         ({"options": {"num_ctx": "big"}}, 'option "num_ctx" must be of type integer'),
         ({"options": {"temperature": "hot"}}, 'option "temperature" must be of type float32'),
-        ({"options": {"stop": 5}}, 'option "stop" must be a valid tuple'),
+        ({"options": {"stop": 5}}, 'option "stop" must be of type array'),
+        ({"options": {"stop": {"a": 1}}}, 'option "stop" must be of type array'),
+        ({"options": {"stop": [5]}}, 'option "stop.0" must be a valid string'),
+        ({"options": {"mirostat": "x"}}, 'option "mirostat" must be of type integer'),
+        ({"options": {"num_gpu": "y"}}, 'option "num_gpu" must be of type integer'),
+        ({"options": {"num_keep": 1.5}}, 'option "num_keep" must be of type integer'),
+        ({"options": {"tfs_z": "1"}}, 'option "tfs_z" must be of type float32'),
+        ({"options": {"use_mmap": 1}}, 'option "use_mmap" must be of type boolean'),
+        ({"options": {"num_thread": "all"}}, 'option "num_thread" must be of type integer'),
         ({"options": {"temperature": -1}}, 'option "temperature" must be greater than or equal to 0'),
         ({"options": {"num_ctx": 1}}, 'option "num_ctx" must be greater than or equal to 8'),
         ({"options": [1]}, 'option "options" must be a valid dictionary'),
@@ -177,6 +187,44 @@ def test_unknown_options_are_reported_but_not_refused(client, caplog):
         reply = ask(client, "/api/generate", stream=False, options=options)
     assert reply.json()["eval_count"] == 1
     assert caplog.messages == ["unknown options, left out: temprature"]
+
+
+def test_unknown_fields_are_reported_once_each(client, caplog):
+    with caplog.at_level(logging.WARNING, "irkit.server"):
+        for more in ({"promt": "a"}, {"promt": "b", "colour": 1, "think": None}, {"colour": 2}):
+            assert client.post("/api/show", json={"model": "smollm2", **more}).status_code == 200
+        assert client.post("/api/create", json={"from": "smollm2", "quantize": "q4_0"}).status_code == 400
+    assert caplog.messages == ["unknown fields, left out: promt", "unknown fields, left out: colour"]
+
+
+def test_not_every_name_that_is_sent_is_kept(client, monkeypatch, caplog):
+    told = set[str]()
+    monkeypatch.setattr("irkit.server.ollama.requests._told", told)
+    monkeypatch.setattr("irkit.server.ollama.requests._MOST_TOLD", 2)
+    with caplog.at_level(logging.WARNING, "irkit.server"):
+        for number in range(4):
+            client.post("/api/show", json={"model": "smollm2", f"x{number}" * 100: 1})
+    assert [len(name) for name in told] == [80, 80]
+    assert len(caplog.messages) == 2
+
+
+def test_num_thread_is_how_many_threads_compute(client, monkeypatch):
+    asked = []
+    get = Sessions.get
+
+    def seen(self, model, options, **more):
+        asked.append(options.threads)
+        return get(self, model, LoadOptions(), **more)  # whatever it is, the test takes no other weights
+
+    monkeypatch.setattr(Sessions, "get", seen)
+    for options in ({"num_thread": 3}, {"num_thread": 0}, {"num_thread": 3.0, "threads": 2}, {}):
+        options |= {"num_predict": 1}
+        assert ask(client, "/api/generate", stream=False, options=options).status_code == 200
+    assert asked == [3, None, 2, None]
+    assert client.post("/api/embed", json={"model": "smollm2", "input": "a", "options": {"num_thread": 2}}).is_success
+    assert asked[-1] == 2
+    reply = ask(client, "/api/generate", stream=False, options={"num_thread": 5000})
+    assert reply.json()["error"].startswith('option "threads" must be less than or equal to 1024')
 
 
 def test_what_ollamas_clients_send_besides_is_accepted(client):

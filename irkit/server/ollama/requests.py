@@ -1,9 +1,8 @@
 """The bodies of Ollama's requests, and what their `options` say."""
 
 import logging
-import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -21,14 +20,26 @@ from irkit.options import (
 )
 from irkit.server.captures import Format
 
-IGNORED = re.compile(
-    "mirostat(_tau|_eta)?|tfs_z|penalize_newline|num_(keep|gpu|thread|batch)|main_gpu|low_vram|f16_kv|numa|"
-    "logits_all|vocab_only|use_m(map|lock)|embedding_only"
+_BOOLEANS = (
+    *("penalize_newline", "low_vram", "f16_kv", "numa"),
+    *("logits_all", "vocab_only", "use_mmap", "use_mlock", "embedding_only"),
 )
-"""Options that clients still send, and that have no meaning here."""
+IGNORED: dict[str, type] = {
+    **dict.fromkeys(("mirostat", "num_keep", "num_batch", "num_gpu", "main_gpu"), int),
+    **dict.fromkeys(("mirostat_tau", "mirostat_eta", "tfs_z"), float),
+    **dict.fromkeys(_BOOLEANS, bool),
+}
+"""Options that clients still send, and that have no meaning here: of which type each must be."""
+
+_NAMED_HERE = {"num_thread": "threads"}
+"""Options of Ollama's that have another name here; 0 or less is as if they were not given."""
+
+_MOST_TOLD = 1000
+"""Of that many unknown fields the log says that they are left out."""
 
 _Kind = TypeVar("_Kind", bound=Options)
 _log = logging.getLogger("irkit.server")
+_told: set[str] = set()
 
 
 def _properties(*models: type[Options]) -> dict[str, Any]:
@@ -48,8 +59,15 @@ class OllamaRequest(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_left_out(cls, given: Any) -> Any:
-        return {name: value for name, value in given.items() if value is not None}
+    def _left_out(cls, given: Any) -> Any:
+        """Null, and, as the log says once of each, what nothing knows."""
+        made = {name: value for name, value in given.items() if value is not None}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = {name[:80] for name in made.keys() - known} - _told
+        if unknown and len(_told) < _MOST_TOLD:
+            _told.update(unknown)
+            _log.warning("unknown fields, left out: %s", ", ".join(sorted(unknown)))
+        return made
 
     @property
     def named(self) -> str:
@@ -211,23 +229,26 @@ def picked(options: Mapping[str, Any], kind: type[_Kind]) -> tuple[_Kind, LoadOp
         OptionError: one has the wrong type, in Ollama's words, or is out of bounds.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    known = kind.model_fields | LoadOptions.model_fields | GenerateOptions.model_fields
-    unknown = [name[:80] for name in given if name not in known and not IGNORED.fullmatch(name)]
+    fields = kind.model_fields | LoadOptions.model_fields | GenerateOptions.model_fields
+    known = IGNORED | dict.fromkeys(_NAMED_HERE, int) | {name: field.annotation for name, field in fields.items()}
+    unknown = [name[:80] for name in given if name not in known]
     if unknown:
         _log.warning("unknown options, left out: %s", ", ".join(unknown))
     for name, value in given.items():
         if name in known:
-            _check_type(name, value, known[name].annotation)
-    return _parse_some(kind, given), _parse_some(LoadOptions, given)
+            _check_type(name, value, known[name])
+    named = {here: given[name] for name, here in _NAMED_HERE.items() if given.get(name, 0) > 0}
+    return _parse_some(kind, given), _parse_some(LoadOptions, named | given)
 
 
 def _check_type(name: str, value: Any, annotation: Any) -> None:
-    members = get_args(annotation) or (annotation,)
+    members = (tuple,) if get_origin(annotation) is tuple else get_args(annotation) or (annotation,)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     for kind, word, fits in (
         (int, "integer", number and float(value).is_integer()),
         (float, "float32", number),
         (bool, "boolean", isinstance(value, bool)),
+        (tuple, "array", isinstance(value, list | str)),  # one string is several of one
     ):
         if kind in members and not fits:
             raise OptionError(f'option "{name}" must be of type {word}', name)
