@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from irkit import Session
-from irkit.bench import Measure, Report, as_table, bench, measure, worker
+from irkit.bench import Measure, Report, as_table, bench, measure, serving, worker
 from irkit.bench.machine import busy_core, memory_bandwidth
 from irkit.bench.measure import Worker, kv_bytes, weight_bytes
 from irkit.errors import BackendError, ModelFileError, ModelNotFoundError, OptionError
@@ -77,6 +77,33 @@ def test_a_peer_is_measured_in_turns(model_path, hurried, monkeypatch):
     for m in told["measures"]:
         assert m["irkit / llama.cpp"] == pytest.approx(m["irkit"]["median"] / m["llama.cpp"]["median"])
         assert m["llama.cpp"]["median"] > 0
+
+
+def test_servers_are_measured_too(tmp_path, hurried, write_model, monkeypatch):
+    model = write_model(tmp_path / "words.gguf", more={f"word{number}": 4 for number in range(100)})
+    for name, value in {"CLIENTS": 3, "LONG": 200, "TURNS": 2}.items():
+        monkeypatch.setattr(serving, name, value)
+    report = bench(model, BenchOptions(**SHORT, serve=True, threads=1))
+    found = medians(json.loads(json.dumps(report.as_json())), "irkit")
+    rows = [("serve", 1), ("serve", 3), ("serve_gain", 3), ("serve_first_token", 200), ("serve_chunks", 200)]
+    assert [key for key in found if key[0].startswith("serve")] == [*rows, ("serve_long", 200), ("serve_cost", None)]
+    cost = found.pop(("serve_cost", None))
+    assert -1 < cost < math.inf
+    assert all(0 < value < math.inf for value in found.values())
+    assert found["serve_gain", 3] == pytest.approx(found["serve", 3] / found["serve", 1])
+    output = io.StringIO()
+    Console(file=output, width=100).print(as_table(report))
+    shown = " ".join(output.getvalue().replace("│", " ").split())
+    assert f"serving 3 at once {found['serve', 3]:,.1f} tokens/s" in shown
+    assert f"cost of streaming over HTTP {cost:.0%}" in shown
+
+
+def test_a_server_that_does_not_start_is_one_clear_error(tmp_path):
+    with (
+        pytest.raises(BackendError, match=r"no server answers at http://127\.0\.0\.1:\d+"),
+        serving.server("irkit", tmp_path / "nosuch.gguf", 1),
+    ):
+        pass
 
 
 def test_a_peer_that_cannot_open_a_file_says_so(tmp_path):
