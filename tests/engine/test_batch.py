@@ -416,8 +416,14 @@ def test_a_cache_that_grows_goes_on_in_a_larger_batch(
         assert [g.text for g in session.generate_many(prompts, **options)] == expected
 
 
-def test_exact_answers_take_turns(tmp_path: Path, write_model: Callable[..., Path]) -> None:
-    with irkit.Session(write_model(tmp_path / "small.gguf"), precision="exact", num_ctx=64) as session:
+def test_exact_answers_are_made_together(
+    tmp_path: Path, write_model: Callable[..., Path], calls: list[tuple[str, int]]
+) -> None:
+    path = write_model(tmp_path / "small.gguf")
+    with irkit.Session(path, backend="cpu", precision="exact", num_ctx=64) as session:
+        prepare(session, 64)
         expected = [told(alone(session, lambda s, p=p: s.generate(p, **OPTIONS))) for p in PROMPTS[:3]]
+        calls.clear()
         found = together(session, [lambda s, p=p: s.generate(p, **OPTIONS) for p in PROMPTS[:3]])
         assert [told(each) for each in found] == expected
+        assert {rows for kind, rows in calls if kind == "decode"} == {FEW}

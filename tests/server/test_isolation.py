@@ -2,13 +2,17 @@
 
 import json
 import random
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
+from real import eventually
 
+from irkit.engine.runtime import Runtime
+from irkit.engine.worker import DEVICE
 from irkit.kernels.cpu import library
 
 CLIENTS = 8
@@ -80,7 +84,21 @@ def told(url: str, path: str, body: dict[str, Any]) -> tuple[str, Any, Any]:
     return text, last["eval_count"], last["done_reason"]
 
 
-def check(url: str, asked: Sequence[tuple[str, dict[str, Any]]]) -> None:
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Runtime, int]]:
+    """The calls that decode: whose, and how many answers in each."""
+    made: list[tuple[Runtime, int]] = []
+    decode = Runtime.decode
+
+    def counted(self: Runtime, cache: Any, tokens: Any, *rest: Any) -> Any:
+        made.append((self, len(tokens)))
+        return decode(self, cache, tokens, *rest)
+
+    monkeypatch.setattr(Runtime, "decode", counted)
+    return made
+
+
+def check(url: str, asked: Sequence[tuple[str, dict[str, Any]]], calls: list[tuple[Runtime, int]]) -> None:
     expected = []
     for path, body in asked:
         reset = {"model": "smollm2", "precision": body["options"]["precision"], "num_ctx": body["options"]["num_ctx"]}
@@ -90,24 +108,43 @@ def check(url: str, asked: Sequence[tuple[str, dict[str, Any]]]) -> None:
     def client(number: int) -> list[tuple[str, Any, Any]]:
         return [told(url, path, body) for path, body in asked[number::CLIENTS]]
 
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        found = list(pool.map(client, range(CLIENTS)))
-    assert [found[number % CLIENTS][number // CLIENTS] for number in range(len(asked))] == expected
+    def everyone() -> list[tuple[str, Any, Any]]:
+        """What each request is told where all clients begin at once."""
+        held = threading.Event()
+        DEVICE.submit(lambda: held.wait(60))
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            asking = [pool.submit(client, number) for number in range(CLIENTS)]
+            eventually(lambda: DEVICE.queued == CLIENTS)
+            held.set()
+            found = [each.result() for each in asking]
+        return [found[number % CLIENTS][number // CLIENTS] for number in range(len(asked))]
+
+    assert everyone() == expected
+    for runtime in {runtime for runtime, _ in calls}:
+        for compiled in tuple(runtime._batched.values()):
+            compiled.result()  # what decodes several is compiled when it is first wanted
+    calls.clear()
+    assert everyone() == expected
+    if library.load():
+        together = sum(rows for _, rows in calls if rows > 1)
+        assert together > sum(rows for _, rows in calls) // 2, "they are decoded together"
     assert len({text for text, *_ in expected}) > len(asked) // 2, "they differ"
 
 
-def test_exact_answers_are_those_of_alone(url: str) -> None:
-    check(url, requests(12, 6, "exact"))
+def test_exact_answers_are_those_of_alone(url: str, calls: list[tuple[Runtime, int]]) -> None:
+    check(url, requests(12, 6, "exact"), calls)
 
 
 @pytest.mark.skipif(library.load() is None, reason="the kernels promise the same bits in every batch; XLA does not")
-def test_fast_answers_are_those_of_alone(url: str) -> None:
-    check(url, requests(3 * CLIENTS, 16, "fast"))
+def test_fast_answers_are_those_of_alone(url: str, calls: list[tuple[Runtime, int]]) -> None:
+    check(url, requests(3 * CLIENTS, 16, "fast"), calls)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_sixty_four_requests_of_eight_clients(url: str, precision: str, seed: int) -> None:
-    check(url, requests(64, 48, precision, seed))
+def test_sixty_four_requests_of_eight_clients(
+    url: str, precision: str, seed: int, calls: list[tuple[Runtime, int]]
+) -> None:
+    check(url, requests(64, 48, precision, seed), calls)
