@@ -33,6 +33,10 @@ class Metrics:
         self.read = Counter("irkit_prompt_tokens", "Tokens of prompts, those in the cache included", ["model"], **to)
         self.cached = Counter("irkit_cached_tokens", "Tokens of prompts that were in the cache", ["model"], **to)
         self.made = Counter("irkit_generated_tokens", "Tokens made", ["model"], **to)
+        self.formed = Counter("irkit_form_tokens", "Tokens made that a format restricts", ["model"], **to)
+        self.forming = Counter(
+            "irkit_form_seconds", "Finding which tokens a format allows, between steps", ["model"], **to
+        )
         self.first = Histogram(
             "irkit_first_token_seconds", "From asking to the first token", ["model"], buckets=_SECONDS, **to
         )
@@ -63,6 +67,9 @@ class Metrics:
         self.read.labels(model).inc(stats.prompt_tokens)
         self.cached.labels(model).inc(stats.cached_tokens)
         self.made.labels(model).inc(stats.tokens)
+        if stats.form_seconds:
+            self.formed.labels(model).inc(stats.tokens)
+            self.forming.labels(model).inc(stats.form_seconds)
         if stats.tokens:
             self.first.labels(model).observe(stats.load_seconds + stats.prefill_seconds)
         if stats.tokens_per_second:

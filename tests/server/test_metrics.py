@@ -61,8 +61,29 @@ def test_tokens_and_times_of_answers(client, path):
         assert grown(client, before, f"{name}_sum", "smollm2") > 0
 
 
+def test_what_a_format_costs(client):
+    names = ("irkit_form_tokens_total", "irkit_form_seconds_total")
+    body = {"model": "smollm2", "prompt": "A list:", "raw": True, "stream": False}
+
+    def answer(**more: object) -> list[float]:
+        """How many tokens a format has restricted, and for how long they were looked for."""
+        before = samples(client)
+        options = {"temperature": 0, "num_predict": 12}
+        assert client.post("/api/generate", json=body | {"options": options, **more}).status_code == 200
+        made = "irkit_generated_tokens_total", "smollm2"
+        eventually(lambda: grown(client, before, "irkit_answers_total", "smollm2", "length"))
+        assert grown(client, before, *made) == 12
+        return [grown(client, before, name, "smollm2") for name in names]
+
+    assert answer() == [0, 0]
+    schema = {"type": "array", "items": {"type": "string"}, "minItems": 50}
+    tokens, seconds = answer(format=schema)
+    assert tokens == 12
+    assert 0 < seconds < 60
+
+
 def test_what_is_going_on(client):
-    body = {"model": "smollm2", "prompt": "a", "max_tokens": 4000, "stream": True}
+    body = {"model": "smollm2", "prompt": "1, 2, 3,", "temperature": 0, "max_tokens": 4000, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as reply:
         next(reply.iter_lines())
         found = samples(client)
