@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,9 @@ from irkit.errors import IrkitError, OptionError
 from irkit.hub import lookup, registry
 from irkit.hub.checked import checked_options, checked_template
 from irkit.hub.download import check_space
+
+LEFT_OVER_SECONDS = 24 * 3600.0
+"""A part of a file that was being sent, to which nothing came for so long, is of a process that was killed."""
 
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 
@@ -87,6 +91,7 @@ def blob_writer(digest: str, size: int | None = None) -> Iterator[Callable[[byte
     """Takes a file piece by piece, for `create`: `with blob_writer(digest) as write: write(piece)`.
 
     It is there, whole, when the block ends; when that raises, or the bytes are not those of `digest`, nothing is left.
+    What processes have left that were killed meanwhile is removed by a later call.
 
     Raises:
         OptionError: `digest` is none, or the bytes have another.
@@ -97,6 +102,7 @@ def blob_writer(digest: str, size: int | None = None) -> Iterator[Callable[[byte
     partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(path.parent)
         check_space(path.parent, size or 0)
         found = hashlib.sha256()
         with open(partial, "xb") as file:
@@ -115,6 +121,13 @@ def blob_writer(digest: str, size: int | None = None) -> Iterator[Callable[[byte
         raise IrkitError(f"{error.filename or partial}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_left_over(folder: Path) -> None:
+    for path in folder.glob(".sha256-*"):
+        with suppress(OSError):  # another process removes it too, or it is not ours
+            if path.stat().st_mtime < time.time() - LEFT_OVER_SECONDS:
+                path.unlink()
 
 
 def _blob_path(digest: str) -> Path:

@@ -1,6 +1,11 @@
 """Models made from others, with a template, a system prompt and options of their own."""
 
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -126,6 +131,30 @@ def test_a_blob_is_whole_or_not_there(file: Path) -> None:
     assert hub.create("made", blob).sha256 == digest.removeprefix("sha256:")
     hub.remove("made")
     assert not blob.exists()
+
+
+def test_what_a_killed_upload_has_left_is_removed_a_day_later(file: Path) -> None:
+    content = file.read_bytes()
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    code = f"""
+import os, signal
+from irkit import hub
+with hub.blob_writer({digest!r}) as write:
+    write(b"GGUF")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    folder = hub.home() / "models" / "blobs"
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+    old, new = folder.iterdir()
+    assert old.name.startswith(f".{digest.replace(':', '-')}.")
+    (folder / ".other").touch()
+    day = time.time() - 25 * 3600
+    for path in (old, folder / ".other"):
+        os.utime(path, (day, day))
+    with hub.blob_writer(digest) as write:
+        write(content)
+    assert {path.name for path in folder.iterdir()} == {new.name, ".other", digest.replace(":", "-")}
 
 
 @pytest.mark.parametrize("digest", ["", "sha256:", "sha256:../x", "md5:" + "0" * 64, "sha256:" + "A" * 64])
