@@ -125,6 +125,16 @@ def test_without_a_command_there_is_help():
         assert re.search(rf"^  {name}  ", done.stdout, re.M)
 
 
+def test_a_model_has_the_names_that_ollama_would_have_for_it(home, tiny_path):
+    assert irkit_("add", tiny_path, "--name", "Me/Tiny:latest").stdout == "me/tiny\n"
+    assert irkit_("copy", "registry.ollama.ai/me/tiny", "library/mine:1b").stdout == "mine:1b\n"
+    assert irkit_("tokenize", "ollama.com/mine:1b", "he").stdout == irkit_("tokenize", tiny_path, "he").stdout != ""
+    done = irkit_("run", "me/tny", "hi")
+    assert (done.returncode, done.stderr.endswith("did you mean me/tiny?\n")) == (1, True)
+    assert irkit_("rm", "registry.ollama.ai/me/tiny:latest").returncode == 0
+    assert [model.name for model in hub.models()] == ["mine:1b"]
+
+
 def test_models_are_added_listed_and_removed(home, model_path):
     assert irkit_("add", model_path, "--name", "mine").stdout == "mine\n"
     (model,) = json.loads(irkit_("list", "--json").stdout)

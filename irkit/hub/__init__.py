@@ -8,15 +8,17 @@ from irkit.hub.catalog import CATALOG
 from irkit.hub.checked import as_jinja
 from irkit.hub.create import blob, blob_writer, copy, create
 from irkit.hub.download import Progress
-from irkit.hub.lookup import find, manifest, models, names, remove, resolve
+from irkit.hub.lookup import find, manifest, models, names, near, remove, resolve
 from irkit.hub.modelfile import Modelfile, read_modelfile
-from irkit.hub.pull import ensure, pull, pulled
+from irkit.hub.naming import OnlyName, own_name
+from irkit.hub.pull import ensure, pull
 from irkit.hub.registry import Manifest, add, home
 
 __all__ = [
     "CATALOG",
     "Manifest",
     "Modelfile",
+    "OnlyName",
     "Progress",
     "add",
     "as_jinja",
@@ -30,8 +32,9 @@ __all__ = [
     "manifest",
     "models",
     "names",
+    "near",
+    "own_name",
     "pull",
-    "pulled",
     "read_modelfile",
     "remove",
     "resolve",

@@ -15,6 +15,7 @@ from irkit.errors import IrkitError, OptionError
 from irkit.hub import lookup, registry
 from irkit.hub.checked import checked_options, checked_template
 from irkit.hub.download import check_space
+from irkit.hub.naming import own_name
 
 LEFT_OVER_SECONDS = 24 * 3600.0
 """A part of a file that was being sent, to which nothing came for so long, is of a process that was killed."""
@@ -43,7 +44,7 @@ def create(
         OptionError: the name, the template or an option is none, or the name is that of the only model with a file
             that irkit fetched.
     """
-    registry.check_name(name := name.lower())
+    name = own_name(name)
     if isinstance(source, registry.Manifest):
         base = source
     else:
@@ -73,7 +74,7 @@ def copy(source: str, name: str) -> registry.Manifest:
     manifest = lookup.find(source)
     if manifest is None:
         raise lookup.not_found(source)
-    return registry.put(replace(manifest, name=name.lower(), added_at=datetime.now(UTC)))
+    return registry.put(replace(manifest, name=own_name(name), added_at=datetime.now(UTC)))
 
 
 def blob(digest: str) -> Path | None:

@@ -10,6 +10,10 @@ from irkit import gguf
 from irkit.errors import OptionError, PullError
 from irkit.hub.addresses import CONNECT_SECONDS
 from irkit.hub.catalog import HubFile
+from irkit.hub.naming import labelled
+
+USUAL = "Q4_K_M"
+"""What people take unless they want something else, as in Ollama and llama.cpp."""
 
 _ADDRESS = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[!-~]*)?")
 
@@ -64,17 +68,11 @@ def choose(repo: str, quantization: str | None) -> str:
     names = sorted(sibling.rfilename for sibling in listing.siblings or ())
     # A "mmproj" file is the image half of a model.
     ggufs = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
-    if quantization is None:
-        matching = ggufs
-    else:
-        label = re.compile(rf"(^|[-._/]){re.escape(quantization)}(?![A-Za-z0-9_])", re.IGNORECASE)
-        matching = [name for name in ggufs if label.search(name)]
+    matching = ggufs if quantization is None else [name for name in ggufs if labelled(name, quantization)]
     # Of a split model's parts, the first stands for all.
     found = sorted({(gguf.part_names(name) or [name])[0] for name in matching})
     if quantization is None and len(found) > 1:
-        # What people take unless they want something else, as in Ollama and llama.cpp.
-        usual = re.compile(r"(^|[-._/])Q4_K_M(?![A-Za-z0-9_])", re.IGNORECASE)
-        found = [name for name in found if usual.search(name)] or found
+        found = [name for name in found if labelled(name, USUAL)] or found
     if len(found) == 1:
         return found[0]
     problem = f"{len(found)} files for {quantization}" if quantization else f"{len(found)} models"

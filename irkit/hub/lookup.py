@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 from irkit.errors import ModelNotFoundError, OptionError
-from irkit.hub import registry, stores
+from irkit.hub import huggingface, naming, registry, stores
 from irkit.hub.catalog import CATALOG
-from irkit.hub.registry import Manifest, as_path, shown
+from irkit.hub.naming import Name, shown
+from irkit.hub.registry import Manifest, as_path
 
 
 def models() -> list[Manifest]:
@@ -30,14 +31,45 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Manifest | None:
-    """The model of this name (upper and lower case are the same), or None; a registered one goes first.
+    """The model that `name` means (upper and lower case are the same), or None; a registered one goes first.
+
+    That is one that is called so, or that came from there: `me/tiny:1b`, `registry.ollama.ai/me/tiny:1b`,
+    `hf.co/ORG/REPO:Q4_K_M`. Namespace `library`, tag `latest` and Ollama's registry may be left out, or not.
 
     Raises:
         OptionError: `name` cannot be a model's name.
     """
-    manifest = registry.find(name)
-    other = None if manifest else stores.found().get(name.lower())
-    return stores.manifest(other) if other else manifest
+    asked = naming.named(name)
+    if not asked.host:
+        for own in (asked.own, f"{asked.own}:latest") if asked.tag == "latest" else (asked.own,):
+            if here := registry.find(own):
+                return here
+        if other := stores.found().get(asked.own):
+            return stores.manifest(other)
+    fits = [(origin, model) for origin, model in _came_from(asked) if naming.means(asked, origin)]
+    if asked.tag == "latest" and len({origin.file or origin.tag for origin, _ in fits}) > 1:
+        usual = huggingface.USUAL
+        fits = [fit for fit in fits if naming.labelled(fit[0].file or fit[0].tag, usual) or fit[0] == asked]
+    model = fits[0][1] if fits else None
+    return stores.manifest(model) if isinstance(model, stores.Found) else model
+
+
+def _came_from(asked: Name) -> list[tuple[Name, Manifest | stores.Found]]:
+    """The models from the place, or the repository, that `asked` names, and where each came from.
+
+    Of registered ones, what was copied from a fetched model or made of it is another model.
+    """
+    pairs: list[tuple[Name | None, Manifest | stores.Found]] = []
+    for model in registry.models():
+        origin = naming.parse((model.source or "").lower())
+        # Names had no namespaces once.
+        if origin and model.name in (origin.own, origin.own.replace("/", "-")):
+            pairs.append((origin, model))
+    pairs += [(model.origin, model) for model in stores.found().values()]
+    place = (asked.host, asked.namespace, asked.model)
+    return [
+        (origin, model) for origin, model in pairs if origin and (origin.host, origin.namespace, origin.model) == place
+    ]
 
 
 def remove(name: str) -> None:
@@ -47,10 +79,14 @@ def remove(name: str) -> None:
         ModelNotFoundError: no model has this name.
         OptionError: `name` cannot be a model's name, or is that of another program's model.
     """
-    if registry.find(name) is None and (other := find(name)):
-        raise OptionError(f"{other.name} belongs to another program ({other.source}): remove it there")
+    found, asked = find(name), naming.named(name)
+    if found is None and asked.host:
+        raise not_found(name)
+    own = found.name if found else asked.own  # which may be that of a damaged manifest
+    if found and registry.find(own) is None:
+        raise OptionError(f"{own} belongs to another program ({found.source}): remove it there")
     try:
-        registry.remove(name)
+        registry.remove(own)
     except ModelNotFoundError:
         raise not_found(name) from None
 
@@ -67,7 +103,8 @@ def resolve(model: str | Path) -> Path:
         return file
     text = str(model)
     separators = {"/", "\\", os.sep}
-    if isinstance(model, Path) or not separators.isdisjoint(text) or text.lower().endswith(".gguf"):
+    like_path = not separators.isdisjoint(text) or text.lower().endswith(".gguf")
+    if isinstance(model, Path) or (like_path and not naming.parse(text)):
         raise ModelNotFoundError(f"no file at {shown(text)}")
     manifest = find(text)
     if manifest is None:
@@ -90,8 +127,17 @@ def manifest(model: str | Path) -> Manifest | None:
 
 def not_found(name: str) -> ModelNotFoundError:
     """What to raise where no model has `name`: it says where it was looked for, and which names come near."""
-    near = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return ModelNotFoundError(
-        f"no model {shown(name)}: no such file in {Path.cwd()}, no such name in {registry.home() / 'manifests'}{hint}"
+        f"no model {shown(name)}: no such file in {Path.cwd()}, no such name in {registry.home() / 'manifests'}"
+        + near(name)
     )
+
+
+def near(name: str) -> str:
+    """How a message ends that no model has `name`: with the names that come near, if any do."""
+    asked = naming.parse(name.lower())
+    own, found = (asked.own, [model.name for _, model in _came_from(asked)]) if asked else (name.lower(), [])
+    # A name of the catalog that was not fetched yet is the one that was asked for.
+    others = set(names()) - {*found, name.lower().removesuffix(":latest")}
+    hints = [*found, *difflib.get_close_matches(own, others, n=3, cutoff=0.5)][:3]
+    return f"; did you mean {' or '.join(hints)}?" if hints else ""

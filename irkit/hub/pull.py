@@ -1,27 +1,21 @@
 """Fetching a model into the registry, from the first place that has it."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
 from irkit import gguf
 from irkit.errors import ModelFileError, ModelNotFoundError, OptionError, PullError, UnsupportedModelError
-from irkit.hub import huggingface, lookup, ollama, registry
+from irkit.hub import huggingface, lookup, naming, ollama, registry
 from irkit.hub.catalog import CATALOG, HubFile, Model, OllamaModel, Place, WebFile, WheelFile
 from irkit.hub.download import Progress, check_answers, discard, download
 from irkit.hub.wheel import unpack
 
-_HUB_NAME = re.compile(r"(?:hf\.co|huggingface\.co)/([^/]+/[^/:]+)(?:/(.+\.gguf)|:([^/]+))?", re.IGNORECASE)
-_WEB_NAME = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?/[!-~]+")
-_WORD = "[A-Za-z0-9][A-Za-z0-9._-]{0,79}"
-_HOST = r"(?:https?://)?(?=[^/]*[.:]|localhost)[A-Za-z0-9.-]+(?::[0-9]{1,5})?"
-_OLLAMA_NAME = re.compile(rf"(?:({_HOST})/)?(?:({_WORD})/)?({_WORD})(?::({_WORD}))?")
 _LOOPBACK = ("localhost", "127.0.0.1")
 
 
@@ -50,6 +44,9 @@ def pull(name: str, *, progress: Progress | None = None, allow_private: bool = F
         OptionError: `name` is none of these.
     """
     model = _wanted(name)
+    before = registry.find(model.name.replace("/", "-"))
+    if before and before.source == model.source:  # names had no namespaces once
+        model = replace(model, name=before.name)
     blob = registry.blob_path(model.name)
     with _only_one(blob, model.name, progress):
         here = _here(model)
@@ -77,23 +74,6 @@ def pull(name: str, *, progress: Progress | None = None, allow_private: bool = F
         raise PullError(f"{name} could not be fetched: {'; '.join(failures)}")
 
 
-def pulled(name: str) -> registry.Manifest | None:
-    """The registered model that was pulled as `name`, where that is an address, such as "hf.co/ORG/REPO:Q4_K_M"."""
-    found = _HUB_NAME.fullmatch(name)
-    if not found and "/" not in name:
-        return None
-    repo, file, quantization = found.groups() if found else ("", None, None)
-    inside = f"hf.co/{repo}/".lower()
-
-    def is_it(source: str) -> bool:
-        file_in_repo = source.lower().removeprefix(inside)
-        return source == name or (
-            bool(repo) and not file and file_in_repo != source.lower() and (quantization or "").lower() in file_in_repo
-        )
-
-    return next((here for here in lookup.models() if is_it(here.source or "")), None)
-
-
 def ensure(model: str | Path, *, progress: Progress | None = None) -> Path:
     """The file of a model, as `lookup.resolve` finds it; a model of the catalog that is not here is pulled first.
 
@@ -105,39 +85,40 @@ def ensure(model: str | Path, *, progress: Progress | None = None) -> Path:
     try:
         return lookup.resolve(model)
     except ModelNotFoundError:
-        if not isinstance(model, str) or model.lower() not in CATALOG:
+        if not isinstance(model, str) or not _of_catalog(model):
             raise
     return pull(model, progress=progress).path
 
 
+def _of_catalog(name: str) -> Model | None:
+    return CATALOG.get(name.lower().removesuffix(":latest"))
+
+
 def _wanted(name: str) -> Model:
-    if name.lower() in CATALOG:
-        return CATALOG[name.lower()]
-    if found := _HUB_NAME.fullmatch(name):
-        repo, file, quantization = found.groups()
-        file = file or huggingface.choose(repo, quantization)
-        return Model(_name_of(file), f"hf.co/{repo}/{file}", (HubFile(repo, file),))
-    if _WEB_NAME.fullmatch(name) and urlsplit(name).path.lower().endswith(".gguf"):
-        address = urlsplit(name)
+    if known := _of_catalog(name):
+        return known
+    asked = naming.parse(name)
+    if asked and asked.host == naming.HUB:
+        repo = f"{asked.namespace}/{asked.model}"
+        # Without a quantization, Ollama says "latest".
+        quantization = None if asked.tag.lower() == "latest" else asked.tag
+        asked = replace(asked, file=asked.file or huggingface.choose(repo, quantization))
+        own = naming.check_name(asked.own)
+        return Model(own, f"hf.co/{repo}/{asked.file}", (HubFile(repo, asked.file),))
+    if asked and asked.file:
         _check_scheme(name)
         # What follows "?" may be a signature: it is not kept.
-        source = address._replace(query="", fragment="").geturl()
-        return Model(_name_of(unquote(address.path)), source, (WebFile(name),))
-    found = _OLLAMA_NAME.fullmatch(name)
-    if found and not name.lower().startswith(("hf.co/", "huggingface.co/")) and not name.lower().endswith(".gguf"):
-        host, namespace, short, tag = found.groups()
-        address = host or ollama.HOST
-        if "://" not in address:
-            address = f"{'http' if urlsplit('//' + address).hostname in _LOOPBACK else 'https'}://{address}"
-        if urlsplit(address).hostname in ("ollama.com", "www.ollama.com"):
-            address = ollama.HOST
-        if host is None or (namespace is not None or address == ollama.HOST):
-            _check_scheme(address)
-            namespace, tag = namespace or "library", tag or "latest"
-            own = short if namespace == "library" else f"{namespace}-{short}"
-            own = registry.check_name(f"{own}:{tag}".removesuffix(":latest").lower())
-            source = f"{urlsplit(address).netloc}/{namespace}/{short}:{tag}"
-            return Model(own, source, (OllamaModel(address, f"{namespace}/{short}", tag),))
+        source = urlsplit(name)._replace(query="", fragment="").geturl()
+        return Model(naming.check_name(asked.own), source, (WebFile(name),))
+    if asked:
+        address = ollama.HOST
+        if asked.host:
+            local = urlsplit("//" + asked.host).hostname in _LOOPBACK
+            address = f"{asked.scheme or ('http' if local else 'https')}://{asked.host}"
+        _check_scheme(address)
+        source = f"{urlsplit(address).netloc}/{asked.namespace}/{asked.model}:{asked.tag}"
+        place = OllamaModel(address, f"{asked.namespace}/{asked.model}", asked.tag)
+        return Model(naming.check_name(asked.own), source, (place,))
     raise OptionError(
         f"{name!r} cannot be pulled: it is not one of {', '.join(CATALOG)}, hf.co/ORG/REPO/FILE.gguf, "
         "hf.co/ORG/REPO:QUANTIZATION, a model of Ollama's registry (MODEL:TAG), or the https address of a .gguf file"
@@ -147,13 +128,6 @@ def _wanted(name: str) -> Model:
 def _check_scheme(url: str) -> None:
     if urlsplit(url).scheme != "https" and urlsplit(url).hostname not in _LOOPBACK:
         raise OptionError(f"{url}: only https addresses are fetched from other machines")
-
-
-def _name_of(file: str) -> str:
-    stem = file.rsplit("/", 1)[-1][: -len(".gguf")]
-    if gguf.part_names(file):
-        stem = stem[: -len("-00001-of-00001")]
-    return registry.check_name(registry.clean_name(stem))
 
 
 def _here(model: Model) -> registry.Manifest | None:

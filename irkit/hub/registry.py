@@ -8,7 +8,6 @@ temporary file and moved into place, and every change holds a lock, so processes
 import hashlib
 import math
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from pydantic import AwareDatetime, TypeAdapter, ValidationError
 
 from irkit import gguf
 from irkit.errors import IrkitError, ModelFileError, ModelNotFoundError, OptionError
+from irkit.hub.naming import OnlyName, check_name, clean_name, own_name, shown
 
 # The numbering of general.file_type: llama_ftype in llama.cpp's include/llama.h, the labels as in file names.
 _LABELS = """
@@ -35,10 +35,6 @@ _LABELS = """
 FILE_TYPES = {number: label for number, label in enumerate(_LABELS.split()) if label != "-"}
 # Set beside the number by tools that guessed it (LLAMA_FTYPE_GUESSED).
 _GUESSED = 1024
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(:[a-z0-9][a-z0-9._-]*)?")
-_NAME_LENGTH = 128
-_WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])([.:].*)?")
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def add(path: str | Path, name: str | None = None) -> Manifest:
     if file is None:
         raise ModelNotFoundError(f"no file at {str(path)!r}")
     file = Path(os.path.abspath(file))
-    manifest = describe(file, check_name(clean_name(file.stem) if name is None else name))
+    manifest = describe(file, check_name(clean_name(file.stem)) if name is None else own_name(name))
     with _changing() as folder:
         holder = find(manifest.name)
         if holder is not None and holder.path.is_file() and not holder.path.samefile(file):
@@ -200,29 +196,6 @@ def remove(name: str) -> None:
             file.unlink(missing_ok=True)
 
 
-def check_name(name: str) -> str:
-    """`name`, if it can be a model's name: `smollm2`, `org.model-q4_0`, `smollm2:135m`.
-
-    Raises:
-        OptionError: it cannot; the message says what is allowed.
-    """
-    if len(name) > _NAME_LENGTH:
-        raise OptionError(f"a model's name has at most {_NAME_LENGTH} characters: {shown(name)}")
-    if not _NAME.fullmatch(name):
-        raise OptionError(
-            f"{shown(name)} cannot be a model's name: a letter or digit, then letters, digits and . _ - are "
-            "allowed, in lower case, and one : before a tag"
-        )
-    if _WINDOWS_RESERVED.fullmatch(name) or name.endswith(".gguf"):
-        raise OptionError(f"{shown(name)} cannot be a model's name: it would be taken for a file")
-    return name
-
-
-def clean_name(stem: str) -> str:
-    """A model name made from a file's stem: lower case, and `-` for what a name cannot hold."""
-    return re.sub(r"[^a-z0-9._]+", "-", stem.lower()).strip("-._")
-
-
 def blob_path(name: str) -> Path:
     """Where the file of a model that irkit fetches as `name` lies."""
     return home() / "models" / f"{_file_name(name)}.gguf"
@@ -239,12 +212,14 @@ def _manifest_path(name: str) -> Path:
 
 
 def _file_name(name: str) -> str:
-    # Windows keeps ":" for itself; no name holds "@".
-    return name.replace(":", "@")
+    # Windows keeps ":" for itself; no name holds "@" or "+".
+    return name.replace(":", "@").replace("/", "+")
 
 
 def as_path(model: str | Path) -> Path | None:
     """The file that `model` is the path of, if it is one."""
+    if isinstance(model, OnlyName):
+        return None
     text = os.path.expanduser(model)
     # Unlike Path.is_file, this is merely false for NUL characters and over-long names.
     return Path(text) if os.path.isfile(text) else None
@@ -332,8 +307,3 @@ def describe(file: Path, name: str, digests: Sequence[str] | None = None, source
 def _sha256(file: Path) -> str:
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def shown(text: str) -> str:
-    """`text` in quotes, for a message."""
-    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -19,8 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from irkit import gguf
 from irkit.errors import IrkitError, OptionError
-from irkit.hub import ollama
-from irkit.hub.registry import Manifest, check_name, clean_name, describe
+from irkit.hub import naming, ollama
+from irkit.hub.naming import Name, check_name, clean_name
+from irkit.hub.registry import Manifest, describe
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LONGEST = 1 << 20
@@ -41,6 +42,8 @@ class Found:
     """As far as it is known without reading all of the file."""
     texts: tuple[tuple[str, Path], ...] = ()
     """Ollama's layers that are text: their kind, and their file."""
+    origin: Name | None = None
+    """Where it came from, as far as its place says it."""
 
 
 def found() -> dict[str, Found]:
@@ -91,7 +94,9 @@ def _ollama() -> Iterator[Found]:
     own = Path(given).expanduser() if given else Path.home() / ".ollama" / "models"
     # Where Ollama runs as a service of Linux, it has a home of its own.
     for folder in (own, Path("/usr/share/ollama/.ollama/models")):
-        for path in _files(folder / "manifests", "*/*/*/*"):
+        paths = _files(folder / "manifests", "*/*/*/*")
+        # A name without a host means Ollama's own registry.
+        for path in sorted(paths, key=lambda path: path.parts[-4] != "registry.ollama.ai"):
             *_, host, namespace, model, tag = path.parts
             try:
                 content = (_text(path) or "").encode()
@@ -102,16 +107,16 @@ def _ollama() -> Iterator[Found]:
             if "model" not in by_kind or "adapter" in by_kind:
                 continue
             blobs = {kind: folder / "blobs" / f"sha256-{digest}" for kind, digest in by_kind.items()}
-            name = clean_name(model if namespace == "library" and host != "hf.co" else f"{namespace}-{model}")
-            name = name if tag == "latest" else f"{name}:{clean_name(tag)}"
+            name = Name(host, *map(clean_name, (namespace, model, tag))).own
+            origin = naming.parse(f"{host}/{namespace}/{model}:{tag}".lower())
             texts = tuple((kind, blobs[kind]) for kind in ("template", "system", "params", "license") if kind in blobs)
-            yield Found(name, blobs["model"], "ollama", by_kind["model"], texts)
+            yield Found(name, blobs["model"], "ollama", by_kind["model"], texts, origin)
 
 
 def _lm_studio() -> Iterator[Found]:
     for folder in (Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"):
         for path in _files(folder, "*/*/*.gguf"):
-            yield Found(_name(path), path, "lmstudio")
+            yield Found(_name(path), path, "lmstudio", origin=_of_hub("/".join(path.parts[-3:])))
 
 
 def _hugging_face() -> Iterator[Found]:
@@ -120,7 +125,14 @@ def _hugging_face() -> Iterator[Found]:
     newest = sorted(_files(folder.expanduser(), "models--*/snapshots/*/**/*.gguf"), key=_changed, reverse=True)
     for path in newest:
         blob = path.resolve().name
-        yield Found(_name(path), path, "hf", blob if _SHA256.fullmatch(blob) else "")
+        repo, _, _, *file = path.relative_to(folder.expanduser()).parts
+        origin = _of_hub("/".join([*repo.split("--")[1:], *file]))
+        yield Found(_name(path), path, "hf", blob if _SHA256.fullmatch(blob) else "", origin=origin)
+
+
+def _of_hub(path: str) -> Name | None:
+    """Where a file came from that is kept as ORG/REPO/FILE."""
+    return naming.parse(f"{naming.HUB}/{path}".lower())
 
 
 def _name(path: Path) -> str:

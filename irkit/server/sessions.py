@@ -5,7 +5,6 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -14,7 +13,7 @@ from anyio import CapacityLimiter, to_thread
 from irkit import hub
 from irkit.engine import Model
 from irkit.errors import BudgetError, BusyError, ModelNotFoundError, OptionError
-from irkit.hub.registry import clean_name
+from irkit.hub import naming
 from irkit.observing import Asked
 from irkit.options import LoadOptions, ServeOptions, seconds
 from irkit.server import memory
@@ -77,8 +76,8 @@ class Sessions:
 
     def lend(self, session: Session) -> str:
         """Answer with a session that a program has opened, too; the name that requests give its model."""
-        here = hub.find(session.name) if Path(session.name).name == session.name else None
-        name = here.name if here else clean_name(session.model.path.stem)
+        here = hub.manifest(session.name) if naming.parse(session.name) else None
+        name = here.name if here else naming.clean_name(session.model.path.stem)
         self._lent[name] = session.pooled()
         self._observed.append(session.observe(self._tell))
         return name
@@ -88,7 +87,7 @@ class Sessions:
             self.observer(asked)
 
     def _open(self, key: _Key) -> Session:
-        session = Session(key[0], **dict(key[1])).pooled()
+        session = Session(hub.OnlyName(key[0]), **dict(key[1])).pooled()
         session.observe(self._tell)
         return session
 
@@ -111,8 +110,8 @@ class Sessions:
     async def get(
         self, model: str, options: LoadOptions, *, computes: bool = True, keep_alive: float | None = None
     ) -> Session:
-        """The session of a model that is `known`, for the request of this context; where it `computes`, with room in
-        memory for the weights. When that has ended, it stays open for `keep_alive` seconds.
+        """The session of the model that `model` means, for the request of this context; where it `computes`, with room
+        in memory for the weights. When that has ended, it stays open for `keep_alive` seconds.
 
         Raises:
             ModelNotFoundError: there is no such model.
@@ -122,11 +121,12 @@ class Sessions:
         """
         if computes:
             self.places.admit()
-        name = model.lower().removesuffix(":latest")
-        lent = self._lent.get(name)
-        if lent and options in (LoadOptions(), lent.options):
-            return lent
-        key = await to_thread.run_sync(known, model), options
+        name = await self.name_of(model)
+        if lent := self._lent.get(name):
+            if options in (LoadOptions(), lent.options):
+                return lent
+            await to_thread.run_sync(known, name)
+        key = name, options
         while True:
             task = self._opened.get(key)
             if task is None:
@@ -144,6 +144,17 @@ class Sessions:
                 self._stay(key, self._keep_alive if keep_alive is None else keep_alive)
                 self._opened[key] = self._opened.pop(key)  # those used last come last
                 return session
+
+    async def name_of(self, model: str) -> str:
+        """The name of the model that `model` means: that of one that is lent, or is `known`.
+
+        Raises:
+            ModelNotFoundError, OptionError: as for `known`.
+        """
+        asked = naming.parse(model.lower())
+        if asked and not asked.host and asked.own in self._lent:
+            return asked.own
+        return await to_thread.run_sync(known, model)
 
     async def _make_room(self, key: _Key, task: "asyncio.Task[Session]") -> None:
         """Let go of other models, until the weights of the session that `task` opened have room."""
@@ -249,9 +260,9 @@ class Sessions:
                 end()
             for lent in self._lent.values():
                 await to_thread.run_sync(lent.close)
-        elif model.lower().removesuffix(":latest") in self._lent:
-            return  # it is not the server's to close
-        await self.forget(model and await to_thread.run_sync(known, model))
+            await self.forget(None)
+        elif (name := await self.name_of(model)) not in self._lent:  # which is not the server's to close
+            await self.forget(name)
 
     async def forget(self, name: str | None) -> None:
         """Closes the sessions of a registered name, which means another model now, or none; or all of them."""
@@ -260,24 +271,24 @@ class Sessions:
 
 
 def known(model: str) -> str:
-    """The name that `model` is registered under, or was pulled as, or stands under in the catalog.
+    """The name of the model that `model` means, by `hub.find` or in the catalog.
 
-    A path is neither: whoever can reach the server shall not open any file of its machine. Ollama's clients
-    may add the tag "latest", which is left out unless the name was registered with it.
+    A path is no name: whoever can reach the server shall not open any file of its machine.
 
     Raises:
         ModelNotFoundError: in Ollama's words.
         OptionError: `model` cannot be a model's name.
     """
-    short = model.lower().removesuffix(":latest")
-    if found := hub.pulled(model):
+    if found := hub.find(model):
         return found.name
-    for name in (short, f"{short}:latest"):
-        if hub.find(name):
-            return name
-    if short in hub.CATALOG:
+    if (short := model.lower().removesuffix(":latest")) in hub.CATALOG:
         return short
-    raise ModelNotFoundError(f"model '{model}' not found")
+    raise missing(model)
+
+
+def missing(model: str) -> ModelNotFoundError:
+    """What to raise where there is no such model: Ollama's words, and the names that come near."""
+    return ModelNotFoundError(f"model '{model}' not found{hub.near(model)}")
 
 
 def _failed(task: asyncio.Task[Session]) -> bool:

@@ -78,7 +78,7 @@ def test_a_copy_shares_the_file(tmp_path: Path) -> None:
         ({"options": {"temperature": "hot"}}, "temperature"),
         ({"options": {"num_ctx": 1}}, "num_ctx"),
         ({"template": "{% if %}"}, "template cannot be read"),
-        ({"name": "a/b"}, "cannot be a model's name"),
+        ({"name": "a/b/c"}, "cannot be a model's name"),
     ],
 )
 def test_what_cannot_be_made_is_said_and_changes_nothing(file: Path, given: dict[str, object], message: str) -> None:

@@ -65,7 +65,7 @@ def test_a_model_whose_system_prompt_changed_is_not_fetched_again(hub: FakeHub, 
     [
         ("tiny", ("library/tiny", "latest"), "tiny"),
         ("tiny:1b-Q4_0", ("library/tiny", "1b-Q4_0"), "tiny:1b-q4_0"),
-        ("someone/Tiny:1b", ("someone/Tiny", "1b"), "someone-tiny:1b"),
+        ("someone/Tiny:1b", ("someone/Tiny", "1b"), "someone/tiny:1b"),
         ("ollama.com/library/tiny:1b", ("library/tiny", "1b"), "tiny:1b"),
         ("https://ollama.com/tiny", ("library/tiny", "latest"), "tiny"),
     ],

@@ -70,6 +70,12 @@ def test_a_quantization_of_a_repository(
     assert sent == {"Bearer hf_secret"}
 
 
+@pytest.mark.parametrize(("tag", "file"), [("latest", FILES[2]), ("LATEST", FILES[2]), (FILES[3], FILES[3])])
+def test_a_tag_as_ollama_has_them(repository: Callable[..., None], tag: str, file: str) -> None:
+    repository(*FILES)
+    assert models.pull(f"hf.co/{REPO}:{tag}").source == f"hf.co/{REPO}/{file}"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -166,8 +166,9 @@ def test_a_manifest_under_another_models_name_is_damaged(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "name",
     [
-        *("", ".", "..", "../up", "a/b", "a\\b", "/etc/passwd", "a\0b", "a\n", "a b", "-a", ".a", ":a", "a:"),
+        *("", ".", "..", "../up", "a/b/c", "a\\b", "/etc/passwd", "a\0b", "a\n", "a b", "-a", ".a", ":a", "a:"),
         *("a:b:c", "con", "nul.txt", "com1", "lpt9:x", "x" * 129, "é", "x.gguf", "a@b", "C:\\x", "a:../b"),
+        *("a.b/c", "a/../b", "/a", "a/", "a//b", "localhost/a", "hf.co/a", "hf.co/../a", "A:B/c"),
     ],
 )
 def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:

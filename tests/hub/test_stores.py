@@ -80,12 +80,12 @@ def test_each_programs_models_are_listed_and_run_in_place(nowhere: Path, tiny_pa
     hugging_face(nowhere / ".cache/huggingface/hub", "org/repo", cached)
     before = contents(nowhere)
 
-    assert listed() == {"tiny:1b": "ollama", "me-tiny": "ollama", "other_model-q8": "lmstudio", "cached": "hf"}
+    assert listed() == {"tiny:1b": "ollama", "me/tiny": "ollama", "other_model-q8": "lmstudio", "cached": "hf"}
     assert set(listed()) <= set(hub.names())
     digest = hashlib.sha256(tiny_path.read_bytes()).hexdigest()
     found = {name: hub.find(name) for name in listed()}
     assert [found[name].sha256 for name in ("tiny:1b", "cached")] == [digest] * 2  # pyright: ignore[reportOptionalMemberAccess]
-    for name in ("me-tiny", "other_model-q8", "Cached"):
+    for name in ("me/tiny", "other_model-q8", "Cached"):
         with irkit.Session(name) as session, irkit.Session(tiny_path) as plain:
             assert session.model.path.is_relative_to(nowhere)
             options: dict[str, Any] = {"temperature": 0, "num_predict": 4}

@@ -204,7 +204,7 @@ def test_a_model_made_anew_is_the_new_one(client, tiny_path):
         ("create", {"model": "m", "from": "base", "quantize": "q4_0"}, 400, '"quantize" is not supported'),
         ("create", {"model": "m", "from": "base", "adapters": {"a": "b"}}, 400, '"adapters" is not supported'),
         ("copy", {"source": "nosuch", "destination": "m"}, 404, "model 'nosuch' not found"),
-        ("copy", {"source": "base", "destination": "a/b"}, 400, "cannot be a model's name"),
+        ("copy", {"source": "base", "destination": "a/b/c"}, 400, "cannot be a model's name"),
         ("pull", {"model": "no such"}, 400, "cannot be pulled"),
         ("pull", {"model": "https://192.168.0.1/m.gguf"}, 502, "private"),
         ("pull", {"model": "hf.co/a/b/c.gguf"}, 502, "could not be fetched"),
@@ -254,7 +254,7 @@ def test_pull_says_how_far_it_is(client, address, tiny_path, monkeypatch):
     for name in ("hf.co/org/repo:Q4_0", "hf.co/Org/repo", address, "small-q4_0"):
         body = {"model": name, "prompt": "he", "raw": True, "stream": False, "options": {"num_predict": 1}}
         assert client.post("/api/generate", json=body).json()["eval_count"] == 1
-    assert client.post("/api/generate", json={"model": "hf.co/org/repo:Q8_0"}).status_code == 400
+    assert client.post("/api/generate", json={"model": "hf.co/org/repo:Q8_0"}).status_code == 404
 
 
 def test_a_pull_that_nobody_waits_for_ends() -> None:

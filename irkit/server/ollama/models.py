@@ -15,13 +15,13 @@ from fastapi.responses import Response
 import irkit
 from irkit import gguf, hub
 from irkit.engine import backends
-from irkit.errors import ModelNotFoundError, OptionError
+from irkit.errors import OptionError
 from irkit.server.ollama.jobs import Job
 from irkit.server.ollama.requests import CopyRequest, CreateRequest, OllamaRequest, PullRequest, ShowRequest, refuse
 from irkit.server.places import PLACE
 from irkit.server.replies import json_response
 from irkit.server.requests import body_of, read
-from irkit.server.sessions import Running, Sessions, known
+from irkit.server.sessions import Running, Sessions, missing
 from irkit.server.streams import answer_lines, answer_once
 from irkit.tokenizer import ChatTemplate
 from irkit.tokenizer.vocabulary import read_vocabulary
@@ -69,7 +69,7 @@ def router(sessions: Sessions) -> APIRouter:
     async def show(request: Request) -> Response:
         """Say what a model is, and what it can do."""
         asked = await read(request, ShowRequest)
-        name = _new_name(asked.named)
+        name = await sessions.name_of(asked.named)
         lent = next((running for running in sessions.running() if running.lent and running.name == name), None)
 
         def made() -> Response:
@@ -81,11 +81,10 @@ def router(sessions: Sessions) -> APIRouter:
     async def pull(request: Request) -> Response:
         """Fetch a model."""
         asked = await read(request, PullRequest)
-        name = _new_name(asked.named) if _new_name(asked.named) in hub.CATALOG else asked.named
         before = {manifest.name: manifest for manifest in await to_thread.run_sync(hub.models)}
 
         def work(job: Job) -> Sequence[str]:
-            made = hub.pull(name, progress=job.progress)
+            made = hub.pull(asked.named, progress=job.progress)
             job.say("verifying sha256 digest")
             job.say("writing manifest")
             return [] if made == before.get(made.name) else [made.name]
@@ -97,7 +96,7 @@ def router(sessions: Sessions) -> APIRouter:
         """Make a model of another one, or of a file that was sent, with a template, a system prompt and options."""
         asked = await read(request, CreateRequest)
         refuse(asked, "adapters", "messages", "quantize")
-        name = _new_name(asked.named)
+        name = hub.own_name(asked.named)
 
         def work(job: Job) -> Sequence[str]:
             source, own = _source(asked)
@@ -111,9 +110,8 @@ def router(sessions: Sessions) -> APIRouter:
     async def copy(request: Request) -> Response:
         """Give a model a further name."""
         asked = await read(request, CopyRequest)
-        name = _new_name(asked.destination)
-        await to_thread.run_sync(lambda: hub.copy(_here(asked.source).name, name))
-        await sessions.forget(name)
+        made = await to_thread.run_sync(lambda: hub.copy(_here(asked.source).name, asked.destination))
+        await sessions.forget(made.name)
         return Response()
 
     async def reported(request: Request, stream: bool, work: Callable[[Job], Iterable[str]]) -> Response:
@@ -165,10 +163,10 @@ async def _last(lines: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _here(model: str) -> hub.Manifest:
-    """The model that is registered under a name."""
-    found = hub.find(known(model))
+    """The model on this machine that a name means."""
+    found = hub.find(model)
     if found is None:
-        raise ModelNotFoundError(f"model '{model}' not found")  # one of the catalog that was not fetched yet
+        raise missing(model)
     return found
 
 
@@ -187,10 +185,6 @@ def _manifest_of(running: Running) -> hub.Manifest:
         sha256="",
         added_at=datetime.now(UTC),
     )
-
-
-def _new_name(model: str) -> str:
-    return model.lower().removesuffix(":latest")
 
 
 def _tag(manifest: hub.Manifest) -> dict[str, Any]:

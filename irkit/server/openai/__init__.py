@@ -33,7 +33,7 @@ from irkit.server.openai.requests import (
 )
 from irkit.server.replies import json_response
 from irkit.server.requests import body_of, read
-from irkit.server.sessions import Sessions, known
+from irkit.server.sessions import Sessions
 from irkit.server.streams import answer_events, answer_once, cancelled_with_client
 from irkit.session import Session
 from irkit.tokenizer import AnswerReader
@@ -52,11 +52,12 @@ def router(sessions: Sessions, budget: int) -> APIRouter:
         return {"object": "list", "data": [*found.values()]}
 
     @routes.get("/models/{name:path}")
-    def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, Any]:
         """Say whether there is a model of this name."""
-        if name in sessions.lent:
-            return _model(name, 0)
-        found = hub.find(known(name))
+        known = await sessions.name_of(name)
+        if known in sessions.lent:
+            return _model(known, 0)
+        found = await to_thread.run_sync(hub.find, known)
         if found is None:
             raise ModelNotFoundError(f"model '{name}' is not on this machine; it is fetched when it is first used")
         return _listed(found)
