@@ -22,6 +22,7 @@ from irkit.cli import hints, remote
 from irkit.cli.terminal import ctrl_c_raises, end_as_by_sigpipe, is_terminal, printable, progress_bar, say, wait
 from irkit.cli.words import convert, declare, label
 from irkit.errors import OptionError
+from irkit.hub import stores
 from irkit.options import BenchOptions, GenerateOptions, ServeOptions, parse
 from irkit.results import Generation, columns
 from irkit.session import Session
@@ -245,7 +246,9 @@ def _bench(models: list[str], in_json: bool, **given: Any) -> None:
 @_command("list")
 def _list(in_json: Json = False) -> None:
     """List the models on this machine."""
-    models = hub.models()
+    models, others = hub.models(), (found for folder in stores.folders() for found in stores.examine(folder))
+    if damaged := sum(isinstance(found, stores.Damaged) for found in others):
+        say(f"irkit: {damaged} of other programs cannot be read; irkit doctor says why")
     if in_json:
         print(json.dumps([asdict(model) for model in models], ensure_ascii=False, default=str))
         return

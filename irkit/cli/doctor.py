@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -18,8 +19,8 @@ import psutil
 import irkit
 from irkit import hub
 from irkit.cli import remote
-from irkit.errors import IrkitError
-from irkit.hub import registry
+from irkit.errors import IrkitError, ModelFileError, UnsupportedModelError
+from irkit.hub import registry, stores
 from irkit.trace import size
 
 _LOW = 1 << 30
@@ -48,7 +49,7 @@ _Look = Callable[[], Iterator[Check]]
 def examine(looks: Sequence[_Look] = ()) -> Iterator[Check]:
     """Look at one thing after the other, at all if not told at which; what cannot even be looked at is broken."""
     logging.getLogger("irkit").addHandler(logging.NullHandler())  # what it would say is said here
-    every = _versions, _environment, _backend, _kernels, _memory, _disk, _models, _notebook, _server
+    every = _versions, _environment, _backend, _kernels, _memory, _disk, _models, _stores, _notebook, _server
     for look in looks or every:
         name = look.__name__.removeprefix("_")
         try:
@@ -159,6 +160,66 @@ def _models() -> Iterator[Check]:
         yield Check("models", "ok", f"{len(models)}, {size(sum(model.size for model in models))}")
     else:
         yield Check("models", "note", "there are none yet", "irkit pull smollm2")
+
+
+def _stores() -> Iterator[Check]:
+    folders = stores.folders()
+    if not folders:
+        yield Check("stores", "ok", "the models of other programs are left alone (IRKIT_STORES=0)")
+    seen = set[str]()
+    for folder in folders:
+        first, where = folder.store not in seen, f"{folder.path} ({folder.variable})".removesuffix(" ()")
+        seen.add(folder.store)
+        try:
+            os.scandir(folder.path).close()
+        except FileNotFoundError:
+            if folder.variable:
+                yield Check(folder.store, "note", f"there is no folder {where}", f"mend or unset {folder.variable}")
+            elif first:
+                yield Check(folder.store, "ok", f"there is no folder {where}")
+        except OSError as error:
+            yield Check(folder.store, "note", f"{where}: {error.strerror}", _readable(folder.path))
+        else:
+            yield from _store(folder, where)
+
+
+def _store(folder: stores.Folder, where: str) -> Iterator[Check]:
+    """What another program has in a folder that is there."""
+    run, others = 0, list[str]()
+    for found in stores.examine(folder):
+        if isinstance(found, stores.Damaged):
+            yield Check(folder.store, "broken", f"{found.known_as}: {found.reason}", _mend(folder.store, found))
+        elif reason := _refused(found):
+            others.append(reason)
+        else:
+            run += 1
+    beside = f", and {len(others)} that it cannot ({', '.join(sorted(set(others)))})" if others else ""
+    yield Check(folder.store, "ok", f"{run} that irkit can run{beside}, in {where}")
+
+
+def _refused(model: hub.Manifest) -> str:
+    """What it is of a sound model file that irkit does not run; nothing where it can."""
+    from irkit import families, gguf
+
+    with gguf.open(model.path) as file:
+        try:
+            families.read_config(file)
+        except (UnsupportedModelError, ModelFileError):
+            return model.architecture
+        return " ".join(sorted({tensor.format for tensor in file.tensors.values()} - gguf.QUANTS.keys()))
+
+
+def _mend(store: str, found: stores.Damaged) -> str:
+    if found.cause == "forbidden":
+        return _readable(found.path)
+    if store == "hf":
+        return f"hf download {found.known_as} --force-download"
+    again = f"ollama pull {found.known_as}" if store == "ollama" else "download it again in LM Studio"
+    return again if found.cause == "gone" else f"delete {found.path}, then {again}"
+
+
+def _readable(path: Path) -> str:
+    return f"chmod -R a+rX {path}, as its owner"
 
 
 def _notebook() -> Iterator[Check]:

@@ -127,6 +127,9 @@ def manifest(model: str | Path) -> Manifest | None:
 
 def not_found(name: str) -> ModelNotFoundError:
     """What to raise where no model has `name`: it says where it was looked for, and which names come near."""
+    asked = naming.parse(name.lower())
+    if asked and (other := stores.damaged(asked.own)):
+        return ModelNotFoundError(f"{name.lower()} belongs to another program, and cannot be read: {other.reason}")
     return ModelNotFoundError(
         f"no model {shown(name)}: no such file in {Path.cwd()}, no such name in {registry.home() / 'manifests'}"
         + near(name)

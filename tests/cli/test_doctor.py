@@ -1,13 +1,18 @@
 """`irkit doctor`: what it says of a machine in order, and of one that is not."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from irkit import hub
@@ -75,6 +80,148 @@ def test_models_that_changed_or_are_damaged(home, tmp_path):
     assert broken(doctor._models)[0].startswith(f"tiny: {file}")
     (home / "manifests" / "bad.json").write_text("{")
     assert any("bad.json is damaged" in found for found in broken(doctor._models))
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home in which other programs may have models; anybody may enter it."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "OLLAMA_MODELS", "IRKIT_STORES"):
+        monkeypatch.delenv(name, raising=False)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        monkeypatch.setenv("HOME", folder)
+        yield Path(folder)
+
+
+def ollama(folder: Path, name: str, content: bytes, template: str = "") -> dict[str, Path]:
+    """Puts a model where Ollama would; the files of its layers."""
+    manifest, blobs, layers = folder / "manifests" / name, dict[str, Path](), []
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "blobs").mkdir(exist_ok=True)
+    for kind, data in {"model": content, "template": template.encode()}.items():
+        digest = hashlib.sha256(data).hexdigest()
+        blobs[kind] = folder / "blobs" / f"sha256-{digest}"
+        blobs[kind].write_bytes(data)
+        media_type = f"application/vnd.ollama.image.{kind}"
+        layers.append({"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)})
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+    return blobs
+
+
+def cached(folder: Path, file: Path) -> Path:
+    """Puts a model where the Hugging Face cache would; its blob."""
+    snapshot, blob = folder / "models--org--repo" / "snapshots" / ("c" * 40), folder / "models--org--repo" / "blob"
+    snapshot.mkdir(parents=True)
+    shutil.copy(file, blob)
+    (snapshot / file.name).symlink_to(blob)
+    return blob
+
+
+def looked_at() -> list[tuple[str, str, str, str]]:
+    checks = doctor.examine([doctor._stores])
+    return [(each.name, each.status, each.found, each.mend) for each in checks if "/usr/share" not in each.found]
+
+
+def test_each_programs_folder_is_named_with_what_irkit_can_run(others, tiny_path, monkeypatch):
+    studio, cache = others / ".lmstudio/models", others / ".cache/huggingface/hub"
+    nothing = [("ollama", others / ".ollama/models"), ("lmstudio", studio), ("hf", cache)]
+    assert looked_at() == [(name, "ok", f"there is no folder {folder}", "") for name, folder in nothing]
+    ollama(others / "there", "registry.ollama.ai/library/tiny/1b", tiny_path.read_bytes())
+    ollama(others / "there", "registry.ollama.ai/me/tiny/latest", tiny_path.read_bytes())
+    (studio / "me/other").mkdir(parents=True)
+    shutil.copy(tiny_path, studio / "me/other")
+    for architecture in ("qwen2", "clip"):  # the second is no model by itself
+        writer = gguf.GGUFWriter(studio / f"me/other/{architecture}.gguf", architecture)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    cached(others / "hf/hub", tiny_path)
+    monkeypatch.setenv("OLLAMA_MODELS", str(others / "there"))
+    monkeypatch.setenv("HF_HOME", str(others / "hf"))
+    assert looked_at() == [
+        ("ollama", "ok", f"2 that irkit can run, in {others}/there (OLLAMA_MODELS)", ""),
+        ("lmstudio", "ok", f"1 that irkit can run, and 1 that it cannot (qwen2), in {studio}", ""),
+        ("hf", "ok", f"1 that irkit can run, in {others}/hf/hub (HF_HOME)", ""),
+    ]
+    monkeypatch.setenv("OLLAMA_MODELS", str(others / "nowhere"))
+    name, status, found, mend = looked_at()[0]
+    assert (name, status, mend) == ("ollama", "note", "mend or unset OLLAMA_MODELS")
+    assert found == f"there is no folder {others}/nowhere (OLLAMA_MODELS)"
+    monkeypatch.setenv("IRKIT_STORES", "0")
+    assert looked_at() == [("stores", "ok", "the models of other programs are left alone (IRKIT_STORES=0)", "")]
+
+
+def test_models_of_other_programs_that_cannot_be_read(home, others, tiny_path, monkeypatch):
+    folder, content = others / ".ollama/models", tiny_path.read_bytes()
+    cut = ollama(folder, "registry.ollama.ai/library/cut/latest", content)["model"]
+    gone = ollama(folder, "registry.ollama.ai/me/gone/1b", content + bytes(64))["model"]
+    half = ollama(folder, "hf.co/me/half/Q8_0", content + bytes(128), template="half")["template"]
+    ollama(folder, "registry.ollama.ai/library/bad/latest", content)
+    blob = cached(others / ".cache/huggingface/hub", tiny_path)
+    for path in (gone, half, blob):
+        path.unlink()
+    os.truncate(cut, len(content) - 1000)
+    manifest = folder / "manifests/registry.ollama.ai/library/bad/latest"
+    manifest.write_text("{")
+
+    told = [(name, found, mend) for name, status, found, mend in looked_at() if status == "broken"]
+    assert {(found.partition(": ")[0], mend) for _, found, mend in told} == {
+        ("cut:latest", f"delete {cut}, then ollama pull cut:latest"),
+        ("me/gone:1b", "ollama pull me/gone:1b"),
+        ("hf.co/me/half:Q8_0", "ollama pull hf.co/me/half:Q8_0"),
+        ("bad:latest", f"delete {manifest}, then ollama pull bad:latest"),
+        ("org/repo tiny.gguf", "hf download org/repo tiny.gguf --force-download"),
+    }
+    said = dict(found.split(": ", 1) for _, found, _ in told)
+    assert said["cut:latest"].startswith(f"{cut}: ")
+    assert said["me/gone:1b"] == f"its file {gone} is gone"
+    assert said["bad:latest"].startswith(f"its manifest {manifest} is damaged: ")
+    assert f"1 that irkit can run, in {folder}" in [found for _, _, found, _ in looked_at()]
+
+    listed = subprocess.run([*IRKIT, "list"], capture_output=True, text=True, timeout=120)
+    assert listed.stderr == "irkit: 5 of other programs cannot be read; irkit doctor says why\n"
+    run = subprocess.run([*IRKIT, "info", "me/gone:1b"], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == f"irkit: me/gone:1b belongs to another program, and cannot be read: its file {gone} is gone\n"
+    code, checks = examined()
+    assert (code, {check["status"] for check in checks["ollama"]}) == (1, {"broken", "ok"})
+
+
+@pytest.fixture
+def nobody() -> Iterator[Callable[[], None]]:
+    """To be called to be somebody whom permissions bind, for the rest of the test."""
+    mine = os.geteuid()
+    yield lambda: None if mine else os.seteuid(65534)
+    os.seteuid(mine)
+
+
+def test_models_that_may_not_be_read(others, tiny_path, nobody):
+    folder = others / ".ollama/models"
+    blob = ollama(folder, "registry.ollama.ai/library/tiny/latest", tiny_path.read_bytes())["model"]
+    studio = others / ".lmstudio/models"
+    studio.mkdir(parents=True)
+    blob.chmod(0)
+    studio.chmod(0)
+    nobody()
+    first, second, third, _ = looked_at()
+    assert first == (
+        "ollama",
+        "broken",
+        f"tiny:latest: there is no permission to read {blob}",
+        f"chmod -R a+rX {blob}, as its owner",
+    )
+    assert second == ("ollama", "ok", f"0 that irkit can run, in {folder}", "")
+    assert third == ("lmstudio", "note", f"{studio}: Permission denied", f"chmod -R a+rX {studio}, as its owner")
+
+
+def test_many_large_models_are_looked_at_quickly(others, tiny_path):
+    """Of each of forty files of 64 GB only the beginning is read."""
+    for number in range(40):
+        content = tiny_path.read_bytes() + bytes(number)
+        os.truncate(ollama(others / ".ollama/models", f"h/n/m{number}/1", content)["model"], 64 << 30)
+    began = time.monotonic()
+    assert looked_at()[0][2].startswith("40 that irkit can run")
+    assert time.monotonic() - began < 5
 
 
 def test_little_memory_or_disk_and_a_home_that_is_none(home, tmp_path, monkeypatch):
