@@ -149,6 +149,47 @@ def test_models_are_added_listed_and_removed(home, model_path):
     assert model_path.is_file()
 
 
+def test_models_are_created_of_others_and_copied(home, tiny_path, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}")
+    own = ["--parameter", "temperature=0", "--parameter", "num_predict=3"]
+    stop = ["--parameter", "stop=one", "--parameter", "stop=a b"]
+    words = ["--from", tiny_path, "--template", template, "--system", "hello", *own, *stop]
+    done = irkit_("create", "Mine:v1", *words)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "mine:v1\n", "")
+    (made,) = json.loads(irkit_("list", "--json").stdout)
+    assert (made["path"], made["system"], made["template"]) == (str(tiny_path), "hello", template.read_text())
+    assert made["options"] == {"temperature": 0, "num_predict": 3, "stop": ["one", "a b"]}
+    told = json.loads(irkit_("run", "mine:v1", "he", "--json").stdout)
+    with Session(tiny_path) as tiny:
+        expected = tiny.generate("s:hello;u:he;", temperature=0, num_predict=3)
+        assert (told["text"], told["stats"]["tokens"], told["finish_reason"]) == (expected.text, 3, "length")
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file.gguf").symlink_to(tiny_path)
+    modelfile = tmp_path / "folder" / "Modelfile"
+    lines = "FROM ./file.gguf", "PARAMETER top_k 3", "PARAMETER stop one", 'SYSTEM """Be\nbrief."""', "LICENSE MIT"
+    modelfile.write_text("\n".join(lines))
+    assert irkit_("create", "second", "--file", modelfile).stdout == "second\n"
+    assert irkit_("create", "third", "-f", modelfile, "--system", "", *own, *stop).stdout == "third\n"
+    assert irkit_("create", "fourth", "--from", "second", "--parameter", "top_k=5").stdout == "fourth\n"
+    models = {model["name"]: model for model in json.loads(irkit_("list", "--json").stdout)}
+    assert {name: model["system"] for name, model in models.items()} == {
+        "mine:v1": "hello", "second": "Be\nbrief.", "third": "", "fourth": "Be\nbrief.",
+    }  # fmt: skip
+    assert models["third"]["options"] == made["options"] | {"top_k": 3, "stop": ["one", "one", "a b"]}
+    assert models["fourth"]["options"] == {"top_k": 5, "stop": ["one"]}
+    assert {models[name]["license"] for name in ("second", "third", "fourth")} == {"MIT"}
+    assert Path(models["second"]["path"]) == tmp_path / "folder" / "file.gguf"
+
+    done = irkit_("copy", "mine:v1", "Copy")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "copy\n", "")
+    assert irkit_("rm", "mine:v1").returncode == 0
+    models = {model["name"]: model for model in json.loads(irkit_("list", "--json").stdout)}
+    assert models["copy"] == made | {"name": "copy", "added_at": models["copy"]["added_at"]}
+    assert json.loads(irkit_("run", "copy", "he", "--json").stdout)["text"] == told["text"]
+
+
 def test_info(model_path, session):
     shown = irkit_("info", model_path, "--num-ctx", "100", "--json").stdout
     assert json.loads(shown)["n_ctx"] == 100
