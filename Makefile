@@ -41,7 +41,7 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/pyright
 	$(VENV)/bin/python $(PYTEST)
 
-test-slow: $(VENV)/installed-dev
+test-slow: $(VENV)/installed-slow
 	$(VENV)/bin/python -m pytest -m slow $(TESTS)
 
 soak: $(VENV)/installed-dev
@@ -84,6 +84,12 @@ $(VENV)/installed-dev: pyproject.toml $(KERNELS) | $(VENV)/bin/python
 	@echo "Installing irkit and its development tools into $(VENV) (once) ..."
 	IRKIT_KERNELS_REQUIRED=1 $(VENV)/bin/python $(PIP) install -e '.[dev]'
 	@touch $(VENV)/installed $@
+
+# Replicas are tested under Ray, which is large, in the slow tests alone. irkit is there: this adds what the extra needs.
+$(VENV)/installed-slow: $(VENV)/installed-dev
+	@echo "Installing Ray into $(VENV) (once) ..."
+	$(VENV)/bin/python $(PIP) install 'irkit[ray]'
+	@touch $@
 
 $(VENV_JAX050)/installed: pyproject.toml $(KERNELS) | $(VENV_JAX050)/bin/python
 	@echo "Installing irkit with jax 0.5.0 into $(VENV_JAX050) (once) ..."
