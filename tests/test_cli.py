@@ -227,6 +227,17 @@ def test_respond_reads_a_conversation_and_generate_leaves_text_alone(model_path,
     assert irkit_("generate", model_path, text, *words).stdout == session.generate(text, **options).text + "\n"
 
 
+def test_what_a_form_takes_is_a_part_of_what_runs(tiny_path):
+    words = ["run", tiny_path, "hello", "--num-predict", 4, "--temperature", 0, "--verbose"]
+    speed = r"\d+ tokens read in [\d.]+ s, \d made, [\d.]+ a second"
+    assert re.fullmatch(speed, irkit_(*words).stderr.splitlines()[-1])
+    done = irkit_(*words, "--format", "json", "--json")
+    line = re.fullmatch(rf"{speed}, the form took ([\d.]+) ms a token", done.stderr.splitlines()[-1])
+    assert line
+    stats = json.loads(done.stdout)["stats"]
+    assert float(line[1]) == pytest.approx(1000 * stats["form_seconds"] / stats["tokens"], abs=0.01)
+
+
 def test_trace_prints_what_there_is_or_numbers_or_an_error(tiny_path):
     with Session(tiny_path) as tiny:
         expected = tiny.trace("hello", names=("pattern", "resid_post"), layers=(0, -1))

@@ -418,9 +418,11 @@ def _answer(session: Session, ask: Callable[[], Generation], in_json: bool, verb
             print()
         if verbose:
             stats = generation.stats
+            form = 1000 * stats.form_seconds / max(stats.tokens, 1)
             say(
                 f"{stats.prompt_tokens} tokens read in {stats.prefill_seconds:.2f} s, "
                 f"{stats.tokens} made, {stats.tokens_per_second:.1f} a second"
+                + (f", the form took {form:.2f} ms a token" if stats.form_seconds else "")
             )
     finally:
         generation.cancel()
