@@ -34,10 +34,12 @@ PATIENCE = 60.0
 
 @dataclass
 class _Stay:
-    """How long a session stays open when nobody uses it: for `seconds`, which end when `timer` does."""
+    """How long a session stays open when nobody uses it: for `seconds`, of which `timer` tells the end."""
 
     seconds: float
-    timer: asyncio.TimerHandle | None = None
+    timer: asyncio.Handle | None = None
+    ends: float = math.inf
+    """When that is, on the loop's clock."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ class Sessions:
         for key, task in self._opened.items():
             if task.done() and not _failed(task) and task.result().model.loading:
                 stay, session = self._stays.get(key, _Stay(self._keep_alive)), task.result()
-                expires = stay.timer.when() - now if stay.timer else stay.seconds
+                expires = stay.ends - now if stay.timer else stay.seconds
                 found.append(Running(key[0], session.model, session.n_ctx, expires))
         return found
 
@@ -228,7 +230,9 @@ class Sessions:
         if stay.timer:
             stay.timer.cancel()
         if stay.seconds < math.inf:
-            stay.timer = asyncio.get_running_loop().call_later(stay.seconds, self._expire, key)
+            loop = asyncio.get_running_loop()
+            # uvloop's handle of a moment does not know when it ends.
+            stay.timer, stay.ends = loop.call_later(stay.seconds, self._expire, key), loop.time() + stay.seconds
 
     def _expire(self, key: _Key) -> None:
         if key in self._opened and not self.places.used(key):

@@ -230,3 +230,16 @@ def test_a_model_that_is_too_large_and_one_that_was_lent(three: int) -> None:
             assert mine.generate([1, 2], num_predict=1).wait()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_when_a_model_is_let_go_of_is_known_in_its_last_moment(three: int, loop: str) -> None:
+    async def scenario() -> None:
+        sessions = Sessions(ServeOptions())
+        (await sessions.get("a", LoadOptions(), keep_alive=0.0001)).model.load().result()
+        sessions._left(("a", LoadOptions()))
+        (running,) = sessions.running()
+        assert running.expires < 1
+        await sessions.close()
+
+    pytest.importorskip(loop).run(scenario())
