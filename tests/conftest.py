@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import gguf
+import hypothesis
 import numpy as np
 import pytest
 
@@ -18,6 +19,10 @@ os.environ["IRKIT_STORES"] = "0"  # what else is on the machine that tests is no
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # In the background of a shell it is ignored, also by the processes that tests start, and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says nothing: a collection of all garbage may fall into it.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # GPT-2 writes these bytes as themselves and the others, in order, as U+0100 and on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

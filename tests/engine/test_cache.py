@@ -339,7 +339,7 @@ def test_what_is_not_of_this_model_is_refused(
         s.cache.save(file)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_is_refused_and_changes_nothing(
     small: irkit.Session, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

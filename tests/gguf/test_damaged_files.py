@@ -326,7 +326,7 @@ def edited(changes: list[tuple[str, int, bytes]]) -> bytes:
     return bytes(content)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(changes=edits)
 @example(changes=[("overwrite", 8, u64(0))])
 def test_any_damage_is_an_error_or_harmless(tmp_path_factory: pytest.TempPathFactory, changes) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import irkit.gguf
@@ -36,7 +36,6 @@ matrices = given(
     st.integers(0, 2**32),
     st.sampled_from([1e-6, 1e-4, 0.1, 2000, 60000, np.inf]),
 )
-no_deadline = settings(deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,6 @@ def same_bits(left: np.ndarray, right: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", EXACT)
-@no_deadline
 @matrices
 def test_exact_formats(lib: ctypes.CDLL, name: str, rows: int, blocks: int, seed: int, bound: float) -> None:
     shape = shape_of(name, rows, blocks)
@@ -123,7 +121,6 @@ def scales_minima_codes(raw: np.ndarray, name: str, shape: Shape) -> tuple[np.nd
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-@no_deadline
 @matrices
 def test_rounded_formats(lib: ctypes.CDLL, name: str, rows: int, blocks: int, seed: int, bound: float) -> None:
     """Scales and minima are rounded to float16, once, and nothing else is; what overflows is reported."""

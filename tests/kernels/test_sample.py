@@ -51,7 +51,7 @@ def bits(listed: np.ndarray) -> np.ndarray:
     return np.packbits(padded, axis=1, bitorder="little").view("<u4").astype(np.uint32)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(OPTIONS, min_size=1, max_size=ROWS),
     st.integers(0, 2**32 - 1),

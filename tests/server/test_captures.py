@@ -336,7 +336,7 @@ EDIT = st.dictionaries(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(JSON | st.lists(EDIT, max_size=2), JSON)
 def test_whatever_edits_and_layers_are_sent_nothing_breaks(client, edits, layers):
     # estimate lays everything out, and traces the program, without compiling it

@@ -71,7 +71,6 @@ def sweep(schema: Any, examples: int) -> int:
     how = settings(
         max_examples=examples,
         derandomize=True,
-        deadline=None,
         database=None,
         suppress_health_check=UNHEALTHY,
         phases=[Phase.generate],

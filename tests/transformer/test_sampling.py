@@ -139,7 +139,7 @@ OPTIONS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(OPTIONS, st.integers(0, 2**32 - 1), st.lists(st.integers(0, 149), max_size=16))
 def test_it_agrees_with_the_reference(options: SamplingOptions, seed: int, tokens: list[int]) -> None:
     logits = np.random.default_rng(seed).normal(scale=2.0, size=150).astype(np.float32)
