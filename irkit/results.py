@@ -243,13 +243,13 @@ class Generation:
         return self.done
 
     def cancel(self) -> None:
-        """Ends the answer before the next token that nobody has begun to compute; the tokens made so far stay."""
+        """Ends the answer before its next token; the tokens made so far stay."""
         self._cancel()
 
     def change(self, **options: Any) -> None:
         """Draws the tokens after this with other sampling options: those of `SamplingOptions`, the rest stay.
 
-        Tokens that are computed already or just now, but not told yet, are still drawn as before: eight at most.
+        Tokens that are being computed meanwhile, four at most, are still drawn as before.
 
         Raises:
             OptionError: an option is unknown, not one of sampling, or out of bounds.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,6 @@ class Decode:
     tapping: Tapping
     allowed: np.ndarray | None = None
     """A bit for each token that may be drawn: uint32 `[1, w]`."""
-    meanwhile: Callable[[], None] = lambda: None
-    """What is left to do of the answer's last step."""
 
     @property
     def capacity(self) -> int:
@@ -56,7 +54,7 @@ class Decode:
         """Of its tapping, for the token that is read."""
         return self.tapping.operands(self.capacity, len(self.cache.ids), 1)
 
-    def together(self, steps: Sequence[Decode], meanwhile: Callable[[], None]) -> list[tuple[Sampled, dict[str, Any]]]:
+    def together(self, steps: Sequence[Decode]) -> list[tuple[Sampled, dict[str, Any]]]:
         """What was drawn, `[token, 1]` on the host, and what was captured, for each of `steps`.
 
         Where one of them can draw but one token a call, so do those beside it.
@@ -67,17 +65,17 @@ class Decode:
             how = top, self.tapping.spec, self.operands
             sizes = [size for size in BATCHES if self.runtime.can_batch(size, self.capacity, *how)]
             for batch in _arranged(self, [step.cache for step in steps], sizes):
-                made |= batch.decode([step for step in steps if step.cache.batch is batch], top, meanwhile)
-        return [made.get(step.cache) or alone(step, meanwhile) for step in steps]
+                made |= batch.decode([step for step in steps if step.cache.batch is batch], top)
+        return [made.get(step.cache) or alone(step) for step in steps]
 
 
-def alone(step: Decode, meanwhile: Callable[[], None]) -> tuple[Sampled, dict[str, Any]]:
+def alone(step: Decode) -> tuple[Sampled, dict[str, Any]]:
     """What was drawn in a call of its own, and captured."""
     runtime, cache = step.runtime, step.cache
     arrays = room(runtime, cache, runtime.at_once)
     tokens, start = np.array([[step.token]], np.int32), np.array([len(cache.ids)], np.int32)
     taps = step.tapping.spec, step.tapping.operands(arrays.capacity, len(cache.ids), 1)
-    how = step.settings, step.top, *taps, step.allowed, meanwhile
+    how = step.settings, step.top, *taps, step.allowed
     cache.arrays, sampled, captures = runtime.decode(arrays, tokens, start, *how)
     return sampled, captures
 
@@ -116,9 +114,7 @@ class Batch:
         if not len(self):
             self._runtime.batches.remove(self)
 
-    def decode(
-        self, steps: Sequence[Decode], top: bool, meanwhile: Callable[[], None]
-    ) -> dict[Cache, tuple[Sampled, dict[str, Any]]]:
+    def decode(self, steps: Sequence[Decode], top: bool) -> dict[Cache, tuple[Sampled, dict[str, Any]]]:
         """What was drawn and captured for these, all of them in the batch.
 
         Whoever else is in it leaves: the other rows are computed for nothing, and written over.
@@ -136,7 +132,7 @@ class Batch:
             if allowed is not None and step.allowed is not None:
                 allowed[row] = step.allowed
         settings, operands = self._of_all(by_row)
-        how = settings, top, steps[0].tapping.spec, operands, allowed, meanwhile
+        how = settings, top, steps[0].tapping.spec, operands, allowed
         self._arrays, drawn, captures = self._runtime.decode(self._arrays, tokens, start, *how)
         made = {}
         for step in steps:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -59,10 +58,8 @@ def generate(
     token; `show` turns what was captured into what the token carries. `form` says which tokens may come. With
     `goes_on`, what `cache` holds begins `ids`, and is kept whatever edits went into it. `sampling` tells how the next
     token is to be drawn; if not given, as `options` say.
-
-    The text of tokens that do not end the answer is written while the device computes the next.
     """
-    ready = first = came = time.perf_counter()
+    ready = first = last = time.perf_counter()
     sampling = sampling or (lambda: options)
     how = sampling()
     settings = runtime.settings(how, seed)
@@ -71,18 +68,6 @@ def generate(
     writer = Writer(tokenizer, options, room=cache.n_ctx - len(ids))
     new = ids[cached:]
     top = options.top_logprobs > 0
-    untold: list[tuple[Sampled, float]] = []
-
-    def event(drawn: Sampled, came: float, shown: Any = None, last: bool = False) -> Token:
-        token = int(drawn.token[0])
-        text, likeliest = writer.write(token, last), alternatives(tokenizer, *drawn.top, options.top_logprobs)
-        return Token(token, text, float(drawn.logprob[0]), likeliest, came - asked, shown)
-
-    def tell() -> None:
-        if drawn := untold.copy():
-            untold.clear()
-            generation._put(*starmap(event, drawn))
-
     while not writer.reason:
         if sampling() is not how:
             how = sampling()
@@ -93,47 +78,39 @@ def generate(
         fits = len(cache.ids) + runtime.at_once <= cache.n_ctx
         several = writer.count > 0 and runtime.at_once > 0 and fits
         sampled, captures = None, {}
-        try:
-            if not several:
-                tell()
-                if writer.count:
-                    yield None
-                sampled, captures = yield from read(runtime, cache, new, settings, top, stopped, tapping, form)
-            elif not stopped():
-                allowed = form.allowed() if form else None
-                sampled, captures = yield Decode(runtime, cache, new[0], settings, top, tapping, allowed, tell)
-        finally:
-            tell()
-        made = one_by_one(sampled)
-        came = time.perf_counter() if made else came
-        first = first if writer.count else came
-        if not made:
+        if not several:
+            if writer.count:
+                yield None
+            sampled, captures = yield from read(runtime, cache, new, settings, top, stopped, tapping, form)
+        elif not stopped():
+            allowed = form.allowed() if form else None
+            sampled, captures = yield Decode(runtime, cache, new[0], settings, top, tapping, allowed)
+        if sampled is None:
             writer.reason = "cancelled"
         elif options.num_predict == 0:
             writer.reason = "length"
-        # Not where something is captured, or edited: the program may have to be compiled first.
-        later = several and not (tapping or form) and writer.goes_on([int(drawn.token[0]) for drawn in made])
         fresh: list[Token] = []
-        for step, drawn in enumerate(made):
+        for step, drawn in enumerate(one_by_one(sampled)):
             if writer.reason:
                 break
             if several:
                 cache.ids.extend(new)
-            new = [int(drawn.token[0])]
-            if later:
-                untold.append((drawn, came))
-                continue
+            token = int(drawn.token[0])
+            text = writer.write(token, last=form is not None and form.take(token))
+            last = time.perf_counter()
+            first = last if writer.count == 1 else first
+            likeliest = alternatives(tokenizer, *drawn.top, options.top_logprobs)
             shown = show(captures, len(cache.ids), step if several else None) if captures else None
-            fresh.append(event(drawn, came, shown, last=form is not None and form.take(new[0])))
-        if fresh:  # who is told of nothing is woken all the same
-            generation._put(*fresh)
+            fresh.append(Token(token, text, float(drawn.logprob[0]), likeliest, last - asked, shown))
+            new = [token]
+        generation._put(*fresh)
     stats = Stats(
         prompt_tokens=len(ids),
         cached_tokens=cached,
         tokens=writer.count,
         load_seconds=ready - asked,
         prefill_seconds=first - ready,
-        decode_seconds=came - first,
+        decode_seconds=last - first,
         form_seconds=form.seconds if form else 0.0,
     )
     generation._finish(writer.reason or "cancelled", stats, tail=writer.flush())
@@ -180,11 +157,6 @@ class Writer:
         self.count = 0
         self.reason: FinishReason | None = None
 
-    def goes_on(self, tokens: Sequence[int]) -> bool:
-        """Whether the answer surely does behind these, whatever their text is."""
-        most = min(self._limit, self._room)
-        return not self._stops and self.count + len(tokens) < most and self._eog_ids.isdisjoint(tokens)
-
     def write(self, token: int, last: bool = False) -> str:
         """What `token` adds to the text; sets `reason` if it is the last, which may be known already."""
         self.count += 1
@@ -202,15 +174,16 @@ class Writer:
         return self._stops.push(self._stream.flush()) + self._stops.flush()
 
 
-def one_by_one(sampled: Sampled | None) -> list[Sampled]:
+def one_by_one(sampled: Sampled | None) -> Iterator[Sampled]:
     """What was drawn in one call, token by token, on the host."""
     if sampled is None:
-        return []
+        return
     drawn: Sampled = jax.device_get(sampled)
     if drawn.token.ndim == 1:
-        return [drawn]
-    rows = zip(drawn.token, drawn.logprob, *drawn.top, strict=True)
-    return [drawn._replace(token=token, logprob=logprob, top=tuple(top)) for token, logprob, *top in rows]
+        yield drawn
+    else:
+        for token, logprob, ids, logprobs in zip(drawn.token, drawn.logprob, *drawn.top, strict=True):
+            yield drawn._replace(token=token, logprob=logprob, top=(ids, logprobs))
 
 
 def chunks(runtime: Runtime, cache: Cache, ids: Sequence[int]) -> Iterator[tuple[KVCache, Sequence[int]]]:

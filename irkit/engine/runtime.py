@@ -254,10 +254,9 @@ class Runtime:
         spec: Spec = _NO_SPEC,
         operands: Operands = _NO_OPERANDS,
         allowed: np.ndarray | None = None,
-        meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[KVCache, Sampled, dict[str, Any]]:
         """Read `tokens` `[b, 1]`, which stand at `start` `[b]`, and draw the next `at_once` of each row: the first
-        axis of the results. What was drawn is on the host; `meanwhile` is called while the device computes.
+        axis of the results.
 
         With `allowed`, uint32 `[b, w]`, which has a bit for each token that may be drawn, only the first is drawn:
         nobody knows yet what may follow it.
@@ -266,7 +265,6 @@ class Runtime:
         program = self._decoder(cache.capacity, top, spec, operands, rows)
         choice = settings, self._allowed(allowed, rows)
         cache, sampled, captures = self._call(program, cache, tokens, start, np.int32(count), *choice, operands)
-        meanwhile()
         return cache, jax.tree.map(lambda drawn: drawn[:count], jax.device_get(sampled)), captures
 
     def _decoder(

@@ -13,9 +13,6 @@ class StopStrings:
         self._held = ""
         self.found = False
 
-    def __bool__(self) -> bool:
-        return bool(self._stops)
-
     def push(self, text: str) -> str:
         """The text that may be shown now; once `found`, nothing more will be."""
         if self.found:

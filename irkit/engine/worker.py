@@ -55,13 +55,8 @@ class Step(Protocol):
         """Equal for those that one call can compute."""
         ...
 
-    @property
-    def meanwhile(self) -> Callable[[], None]:
-        """Does what is left of the step before, while the device computes; called again, nothing."""
-        ...
-
-    def together(self, steps: Sequence[Any], meanwhile: Callable[[], None]) -> list[Any]:
-        """The results of `steps`, all of this kind; `meanwhile` is called once they are under way."""
+    def together(self, steps: Sequence[Any]) -> list[Any]:
+        """The results of `steps`, all of this kind."""
         ...
 
 
@@ -81,8 +76,6 @@ class _Task:
     client: str
     steps: Steps | None = None
     wants: Step | None = None
-    error: BaseException | None = None
-    """What went wrong while it waited for what it wants."""
 
 
 class Worker:
@@ -175,7 +168,6 @@ class Worker:
                 self._served = [client for client in self._served if client != task.client][-_REMEMBERED:]
                 self._served.append(task.client)
             else:
-                self._catch_up()
                 self._end(task, *_outcome(task.begin))
         self._waiting = [task for task in self._waiting if task in kept]
 
@@ -201,8 +193,6 @@ class Worker:
         until = time.monotonic() + _TOGETHER_SECONDS
         new = [task for task in self._running if task.steps is None]
         begun = [task for task in self._running if task.steps is not None and task.wants is None]
-        if new or begun:
-            self._catch_up()
         for task in new:
             self._advance(task, None)
             if time.monotonic() > until:
@@ -218,20 +208,12 @@ class Worker:
         for tasks in groups.values():
             wants = [task.wants for task in tasks]
             assert wants[0] is not None
-            found, error = _outcome(lambda first=wants[0], all=wants: first.together(all, self._catch_up))
+            found, error = _outcome(lambda first=wants[0], all=wants: first.together(all))
             for index, task in enumerate(tasks):
                 self._advance(task, None if found is None else found[index], error)
 
-    def _catch_up(self) -> None:
-        """Have the answers that wait for a step do what is left of the last: before others compute, or meanwhile."""
-        for task in self._running:
-            if task.wants is not None:
-                _, error = _outcome(task.wants.meanwhile)
-                task.error = task.error or error  # its own, not that of those whose step is computed
-
     def _advance(self, task: _Task, result: Any, error: BaseException | None = None) -> None:
         """Let an answer go on to its next step, with the result of the last, or the error."""
-        error, task.error = error or task.error, None
         try:
             steps = task.steps = task.steps or task.begin()
             task.wants = steps.throw(error) if error else steps.send(result)

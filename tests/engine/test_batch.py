@@ -347,33 +347,6 @@ def test_an_answer_that_cannot_be_told_fails_alone(small: irkit.Session, monkeyp
     idle(small)
 
 
-def test_answers_of_two_calls_are_told_while_either_is_computed(
-    small: irkit.Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their caches differ in size: what the first has drawn does not wait for the other's call."""
-    decode, begun = Runtime.decode, []
-
-    def counting(self: Runtime, *arguments: Any) -> Any:
-        *rest, meanwhile = arguments
-
-        def counted() -> None:
-            meanwhile()
-            begun.append([len(each._tokens) for each in made])
-
-        return decode(self, *[*rest, counted])
-
-    monkeypatch.setattr(Runtime, "decode", counting)
-    held = threading.Event()
-    small.model.submit(lambda: held.wait(60))
-    with irkit.Session(small.info().path, backend="cpu", num_ctx=96) as other:
-        made = [each.generate(PROMPTS[0], **dict(OPTIONS, num_predict=13)) for each in (small, other)]
-        held.set()
-        assert [len(each.tokens) for each in made] == [13, 13]
-    # In turns: a call's tokens are told when the other's next one is under way.
-    assert begun == [[1, 1], [5, 1], [5, 5], [9, 5], [9, 9], [13, 9]]
-    idle(small)
-
-
 def test_a_call_that_fails_ends_the_answers_in_it_and_no_others(
     small: irkit.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

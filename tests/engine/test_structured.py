@@ -164,7 +164,7 @@ def test_beside_others_it_is_what_it_is_alone(session: irkit.Session) -> None:
     several.reset()
     decode = Runtime.decode
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Runtime, "decode", lambda *a: (sizes.append((len(a[2]), a[-2] is not None)), decode(*a))[1])
+        patch.setattr(Runtime, "decode", lambda *a: (sizes.append((len(a[2]), a[-1] is not None)), decode(*a))[1])
         made = [several.generate(**ask, **options) for ask in asks]
         go.set()
         found = [told(each) for each in made]
