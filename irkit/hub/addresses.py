@@ -49,6 +49,16 @@ def open_client(url: str, headers: Mapping[str, str], *, allow_private: bool) ->
     return httpx.Client(follow_redirects=True, timeout=timeout, headers=headers, event_hooks={"request": [look]})
 
 
+def is_safe(url: str) -> bool:
+    """Whether nobody on the way can read or change what comes from there."""
+    return urlsplit(url).scheme == "https" or is_here(url)
+
+
+def is_here(url: str) -> bool:
+    """Whether an address is one of this machine."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1")
+
+
 def is_private(host: str) -> bool:
     """Whether a host, by its name or any address that it has here, is this machine or one of a private network."""
     if _is_private_name(host):

@@ -17,10 +17,9 @@ from typing import Any
 from urllib.parse import urldefrag, urljoin, urlsplit
 
 from irkit.errors import PullError
-from irkit.hub import addresses
+from irkit.hub import addresses, naming
 from irkit.hub.answers import TryAgainError, check_status
 
-_LOOPBACK = ("localhost", "127.0.0.1")
 _PYPI = "https://pypi.org/simple"
 _ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 _LONGEST = 64 << 20
@@ -58,17 +57,15 @@ def look_up(requirement: str) -> Wheel | None:
     Raises:
         PullError: the index cannot be read, or has no such wheel.
     """
-    from packaging.utils import canonicalize_name
-
     index = _index()
     if index is None:
         return None
     project, _, version = requirement.partition("==")
-    page = f"{index.rstrip('/')}/{canonicalize_name(project)}/"
+    page = f"{index.rstrip('/')}/{naming.project(project)}/"
     link = _choose(_links(*_get(page)), project, version)
     if link is None:
         raise PullError(f"{urlsplit(index).hostname} has no wheel of {requirement}")
-    if urlsplit(link.url).scheme != "https" and urlsplit(link.url).hostname not in _LOOPBACK:
+    if not addresses.is_safe(link.url):
         raise PullError(f"{urlsplit(index).hostname} names an address that is not https: {link.url[:200]!r}")
     return Wheel(link.url, link.sha256, addresses.is_private(urlsplit(index).hostname or ""))
 
@@ -83,8 +80,7 @@ def _index() -> str | None:
     """The one index that pip would ask, if it is one that can be asked without pip."""
     settings = _settings()
     index = settings.get("index-url") or _PYPI
-    address = urlsplit(index)
-    can_ask = (address.scheme == "https" or address.hostname in _LOOPBACK) and not address.username
+    can_ask = addresses.is_safe(index) and not urlsplit(index).username
     return index if can_ask and not any(settings.get(name) for name in _FOR_PIP) else None
 
 
@@ -171,7 +167,7 @@ class _Anchors(HTMLParser):
 
 
 def _choose(links: Iterator[_Link], project: str, version: str) -> _Link | None:
-    from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+    from packaging.utils import InvalidWheelFilename, parse_wheel_filename
     from packaging.version import InvalidVersion, Version
 
     try:
@@ -184,7 +180,7 @@ def _choose(links: Iterator[_Link], project: str, version: str) -> _Link | None:
             name, its, _, tags = parse_wheel_filename(link.name)
         except (InvalidWheelFilename, InvalidVersion):
             continue
-        if name != canonicalize_name(project) or (wanted is None and link.yanked) or wanted not in (None, its):
+        if name != naming.project(project) or (wanted is None and link.yanked) or wanted not in (None, its):
             continue
         order = (not its.is_prerelease, its, any(tag.platform == "any" for tag in tags), link.name)
         if best is None or order > best[0]:

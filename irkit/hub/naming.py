@@ -142,8 +142,10 @@ def check_name(name: str) -> str:
 
 
 def project(name: str) -> str:
-    """The one form of a project's name that a package index has (PEP 503)."""
-    return re.sub("[-_.]+", "-", name).lower()
+    """The one form of a project's name that a package index has."""
+    from packaging.utils import canonicalize_name
+
+    return canonicalize_name(name)
 
 
 def clean_name(stem: str) -> str:

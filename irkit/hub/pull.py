@@ -11,12 +11,10 @@ from filelock import FileLock, Timeout
 
 from irkit import gguf
 from irkit.errors import ModelFileError, ModelNotFoundError, OptionError, PullError, UnsupportedModelError
-from irkit.hub import huggingface, lookup, naming, ollama, registry
+from irkit.hub import addresses, huggingface, lookup, naming, ollama, registry
 from irkit.hub.catalog import CATALOG, HubFile, Model, OllamaModel, Place, WebFile, WebWheel, WheelFile
 from irkit.hub.download import Progress, check_answers, discard, download
 from irkit.hub.wheel import unpack
-
-_LOOPBACK = ("localhost", "127.0.0.1")
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def _wanted(name: str) -> Model:
     if asked:
         address = ollama.HOST
         if asked.host:
-            local = urlsplit("//" + asked.host).hostname in _LOOPBACK
+            local = addresses.is_here(f"//{asked.host}")
             address = f"{asked.scheme or ('http' if local else 'https')}://{asked.host}"
         _check_scheme(address)
         source = f"{urlsplit(address).netloc}/{asked.namespace}/{asked.model}:{asked.tag}"
@@ -132,7 +130,7 @@ def _wanted(name: str) -> Model:
 
 
 def _check_scheme(url: str) -> None:
-    if urlsplit(url).scheme != "https" and urlsplit(url).hostname not in _LOOPBACK:
+    if not addresses.is_safe(url):
         raise OptionError(f"{url}: only https addresses are fetched from other machines")
 
 
