@@ -19,7 +19,7 @@ import numpy as np
 from irkit import families, gguf, notebook, tokenizer
 from irkit.engine.cache import Cache, Pool
 from irkit.engine.worker import DEVICE, LOADER, Steps, until_done
-from irkit.errors import ContextFullError, ModelFileError, OptionError
+from irkit.errors import ContextFullError, IrkitError, ModelFileError, OptionError
 from irkit.garbage import uncollected
 from irkit.observing import ASKED_BY
 from irkit.options import (
@@ -34,7 +34,7 @@ from irkit.options import (
     check_logit_bias,
     parse,
 )
-from irkit.results import Generation, Info, Score
+from irkit.results import Generation, Info, Score, Stats
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -160,7 +160,10 @@ class Model:
         loading, left = self.load(), ASKED_BY.get().left
 
         def begin() -> Steps:
-            return (yield from steps((yield from until_done(loading)), left.is_set))
+            runtime = yield from until_done(loading, left.is_set)
+            if runtime is None:
+                raise IrkitError("it was cancelled")
+            return (yield from steps(runtime, left.is_set))
 
         return DEVICE.answer(begin, left).result()
 
@@ -237,7 +240,10 @@ class Model:
         def steps() -> Steps:
             mine = self._pool.take(ids, taps.provenance, cache.n_ctx) if pooled else cache
             try:
-                ready = yield from until_done(runtime)
+                ready = yield from until_done(runtime, stopped)
+                if ready is None:
+                    generation._finish("cancelled", Stats(prompt_tokens=len(ids)))
+                    return
                 from irkit.engine.generate import generate
                 from irkit.engine.trace import shower
 
@@ -251,8 +257,9 @@ class Model:
             except BaseException as error:
                 mine.clear()  # what a failed step leaves in it is not to be trusted
                 generation._fail(error)
-            if pooled:
-                self._pool.put(mine)
+            finally:
+                if pooled:
+                    self._pool.put(mine)
 
         DEVICE.answer(steps, cancelled, *(() if pooled else (cache,)), *(() if kept is None else (kept,)))
         return generation

@@ -258,9 +258,11 @@ def turn(stopped: Callable[[], bool]) -> Generator[None, None, None]:
         raise IrkitError("it was cancelled")
 
 
-def until_done(future: Future[_Result]) -> Generator[None, None, _Result]:
-    """The result of `future`, for which others go on meanwhile."""
+def until_done(future: Future[_Result], stopped: Callable[[], bool]) -> Generator[None, None, _Result | None]:
+    """The result of `future`, for which others go on meanwhile; None where nobody waits for it any more."""
     while not future.done():
+        if stopped():
+            return None
         wait([future], _PATIENCE)
         yield None
     return future.result()

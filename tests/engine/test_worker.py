@@ -136,6 +136,12 @@ def test_answers_go_on_while_another_model_is_loaded(
         assert loading.wait(60)
         assert session.generate("Once upon", num_predict=5).wait_for(60)
         assert not late.done
+        left = other.generate("hello", num_predict=2)
+        left.cancel()
+        late.cancel()  # or it would keep the other from beginning
+        for answer in (late, left):
+            assert (answer.finish_reason, answer.stats.tokens) == ("cancelled", 0)
+        late = other.generate("hello", num_predict=2)
         go.set()
         assert late.stats.tokens <= 2
 
