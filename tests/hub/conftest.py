@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from misbehaving import PATH, FakeHub, Handler, write_gguf
@@ -48,6 +49,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("irkit.hub.addresses.READ_SECONDS", 0.3)
     monkeypatch.setattr("irkit.hub.ollama.HOST", "http://127.0.0.1:9")
     return tmp_path / "home"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a download wants to wait, which takes none."""
+    waits: list[float] = []
+    monkeypatch.setattr("irkit.hub.download.time", SimpleNamespace(sleep=waits.append))
+    return waits
 
 
 @pytest.fixture

@@ -143,13 +143,14 @@ def test_without_a_strong_etag_nothing_is_resumed_or_left(hub: FakeHub, address:
         (status(206, Content_Range="bytes " + "9" * 5000 + "-1/2"), "another range than was asked for"),
     ],
 )
-def test_faults_that_stay_end_in_one_sentence(hub: FakeHub, address: str, answer: Answer, message: str) -> None:
+def test_faults_that_stay_end_in_one_sentence(
+    hub: FakeHub, address: str, answer: Answer, message: str, waits: list[float]
+) -> None:
     hub.script = [answer] * 30
-    started = time.monotonic()
     with pytest.raises(PullError, match=message) as caught:
         pull(address)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 5
+    assert sum(waits) < 1
     assert left_over() == []
     assert models() == []
 
@@ -173,11 +174,10 @@ def test_a_file_that_is_no_model_is_not_registered(hub: FakeHub, address: str) -
     assert models() == []
 
 
-def test_a_server_that_is_not_there_fails_at_once(hub: FakeHub) -> None:
-    started = time.monotonic()
+def test_a_server_that_is_not_there_fails_at_once(waits: list[float]) -> None:
     with pytest.raises(PullError, match=r"127\.0\.0\.1.*refused"):
         pull("http://127.0.0.1:9/tiny.gguf")
-    assert time.monotonic() - started < 2
+    assert waits == []
 
 
 def test_a_server_that_goes_away_is_waited_for(hub: FakeHub, address: str, model: bytes) -> None:

@@ -4,7 +4,6 @@ import json
 import shutil
 import socket
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,10 +100,8 @@ def test_two_files_of_one_quantization_are_both_named(repository: Callable[..., 
 
 def test_a_hub_that_is_not_there_cannot_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    started = time.monotonic()
     with pytest.raises(PullError, match=r"files of org/repo at http://127\.0\.0\.1:9 cannot be listed"):
         models.pull("hf.co/org/repo:Q4_0")
-    assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_many_streams_hold_up_nothing_else(client, url, made):
             began = time.monotonic()
             assert client.get("/api/health").status_code == 200
             assert client.post("/api/tokenize", json={"model": "smollm2", "text": "hi"}).status_code == 200
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 30  # half of what the answers wait for their clients
         finally:
             leave.set()
             for generation in made:

@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,3 +83,18 @@ def metadata_of() -> Callable[..., dict[str, Any]]:
 def made_of() -> Callable[[dict[str, Any]], Tokenizer]:
     """The tokenizer that metadata describe."""
     return tokenizer_of
+
+
+@pytest.fixture(scope="session")
+def grows_as_its_length() -> Callable[[Callable[[str], object], str], bool]:
+    """Whether 16 times a text takes less than 64 times the time; quadratic work takes 256 times.
+
+    Only this thread's time counts, and one try of three is enough: a collection of all garbage may fall into one.
+    """
+
+    def seconds(work: Callable[[str], object], text: str) -> float:
+        start = time.thread_time()
+        work(text)
+        return time.thread_time() - start
+
+    return lambda work, text: any(seconds(work, text * 16) < 64 * seconds(work, text) for _ in range(3))

@@ -1,6 +1,5 @@
 """Every name in the table of pre-tokenizers makes a tokenizer that loses nothing."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -82,8 +81,8 @@ def test_digits_are_grouped_as_by_the_quadratic_regex(name: str, original: str, 
 
 
 @pytest.mark.parametrize("text", [" ", "7", "A", "é漢", "\n", "a1 ", "'", "\t x"])
-def test_time_grows_with_length_only(tokenizers: dict[str, Tokenizer], text: str) -> None:
+def test_time_grows_as_the_length(
+    tokenizers: dict[str, Tokenizer], text: str, grows_as_its_length: Callable[..., bool]
+) -> None:
     for name in DIFFERENT:
-        start = time.process_time()
-        tokenizers[name].encode(text * (20_000 // len(text)))
-        assert time.process_time() - start < 1, name
+        assert grows_as_its_length(tokenizers[name].encode, text * (1200 // len(text))), name

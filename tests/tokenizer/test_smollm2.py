@@ -2,7 +2,7 @@
 
 import json
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +114,6 @@ def test_a_tokenizer_can_be_shared_by_threads(tokenizer: Tokenizer) -> None:
     assert failures == []
 
 
-def test_time_grows_with_length_only(tokenizer: Tokenizer) -> None:
-    text = "The quick brown fox, 12345 <|im_end|> jumps.\n\n  def f(x): return x  # 漢字 " * 1400
-
-    def seconds(text: str) -> float:
-        start = time.process_time()
-        tokenizer.encode(text, parse_special=True)
-        return time.process_time() - start
-
-    small = min(seconds(text[: len(text) // 8]) for _ in range(3))
-    large = min(seconds(text) for _ in range(3))
-    assert len(text) > 100_000
-    assert large < 30 * small + 0.1
+def test_time_grows_as_the_length(tokenizer: Tokenizer, grows_as_its_length: Callable[..., bool]) -> None:
+    text = "The quick brown fox, 12345 <|im_end|> jumps.\n\n  def f(x): return x  # 漢字 " * 90
+    assert grows_as_its_length(lambda text: tokenizer.encode(text, parse_special=True), text)
