@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from irkit.transformer.taps import POINTS, Operands, split
 
 if TYPE_CHECKING:
     from irkit.engine.cache import Cache
+    from irkit.engine.programs import Program
     from irkit.engine.runtime import Runtime
     from irkit.engine.tapping import Tapping
     from irkit.transformer.cache import KVCache
@@ -53,6 +55,11 @@ class Decode:
     def operands(self) -> Operands:
         """Of its tapping, for the token that is read."""
         return self.tapping.operands(self.capacity, len(self.cache.ids), 1)
+
+    @property
+    def program(self) -> Future[Program]:
+        """What computes it alone."""
+        return self.runtime.decoder(self.capacity, self.top, self.tapping.spec, self.operands)
 
     def together(self, steps: Sequence[Decode]) -> list[tuple[Sampled, dict[str, Any]]]:
         """What was drawn, `[token, 1]` on the host, and what was captured, for each of `steps`.

@@ -14,7 +14,7 @@ from irkit.engine.batch import Decode, room
 from irkit.engine.cache import AHEAD
 from irkit.engine.runtime import chunk
 from irkit.engine.stopping import StopStrings
-from irkit.engine.worker import DEVICE, Steps, turn
+from irkit.engine.worker import DEVICE, Steps, turn, until_there
 from irkit.results import Alternative, FinishReason, Generation, Score, Stats, Token
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ def generate(
             sampled, captures = yield from read(runtime, cache, new, settings, top, stopped, tapping, form)
         elif not stopped():
             allowed = form.allowed() if form else None
-            sampled, captures = yield Decode(runtime, cache, new[0], settings, top, tapping, allowed)
+            step = Decode(runtime, cache, new[0], settings, top, tapping, allowed)
+            if DEVICE.crowded and cache.batch is None:
+                yield from until_there(step.program)
+            sampled, captures = yield step
         if sampled is None:
             writer.reason = "cancelled"
         elif options.num_predict == 0:
@@ -138,7 +141,8 @@ def read(
         start = len(cache.ids)
         last = start + len(part) == end
         taps, allowed = tapping if last else only_edits, form.allowed() if form and last else None
-        cache.arrays, sampled, captures = runtime.read(arrays, part, start, settings, top, taps, allowed)
+        how = settings, top, taps, allowed
+        cache.arrays, sampled, captures = yield from runtime.read(arrays, part, start, *how)
         # jax returns before the work is done: without waiting, a whole prompt would be under way at once.
         sampled.token.block_until_ready()
     return sampled, captures
@@ -223,7 +227,7 @@ def score(
         yield from turn(stopped)
         start = len(cache.ids)
         targets = ids[start + 1 : start + 1 + len(part)]
-        cache.arrays, *found = runtime.score(arrays, part, start, targets, tapping)
+        cache.arrays, *found = yield from runtime.score(arrays, part, start, targets, tapping)
         logprobs, (top_ids, top_logprobs) = jax.device_get(found)
         for index, token in enumerate(targets):
             top_here = alternatives(tokenizer, top_ids[:, index], top_logprobs[:, index], top)
@@ -239,7 +243,7 @@ def embed(
     last = total
     for arrays, part in chunks(runtime, cache, ids):
         yield from turn(stopped)
-        cache.arrays, subtotal, last = runtime.pool(arrays, part, len(cache.ids), tapping)
+        cache.arrays, subtotal, last = yield from runtime.pool(arrays, part, len(cache.ids), tapping)
         total = total + np.asarray(subtotal[0])
         last = np.asarray(last[0])
     return last if pooling == "last" else total / len(ids)

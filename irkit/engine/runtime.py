@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from irkit.engine import backends, sharding, steps, weights
 from irkit.engine.cache import SMALLEST
 from irkit.engine.programs import Device, Program, load_or_compile
 from irkit.engine.tapping import Tapping, joined
+from irkit.engine.worker import COMPILER, DEVICE, until_there
 from irkit.kernels import cpu
 from irkit.kernels.cpu import library
 from irkit.options import SamplingOptions
@@ -46,6 +47,9 @@ _SMALL_BYTES = 400e6
 _MOST_TAPPED = 32
 """Programs held in memory of those that capture or edit."""
 _NOTHING, _NO_SPEC, _NO_OPERANDS = Tapping(), Spec(), Operands()
+_Result = TypeVar("_Result")
+InTurns: TypeAlias = Generator[None, None, _Result]
+"""What is computed on the device's thread, where others go on while its program is compiled."""
 
 # Half precision where the backend multiplies fastest in it.
 _FAST = {"cuda": jnp.bfloat16, "metal": jnp.float16, "mps": jnp.float16}
@@ -206,7 +210,7 @@ class Runtime:
         if (capacity, soon, top) in self._prepared:
             return
         self._prepared.add((capacity, soon, top))
-        decoder = self._decoder if self.at_once else partial(self._reader, 1)
+        decoder = self.decoder if self.at_once else partial(self._reader, 1)
         self._background.submit(decoder, capacity, top)
         if soon != capacity:
             self._background.submit(self._grower, capacity, soon)
@@ -221,7 +225,7 @@ class Runtime:
         top: bool,
         tapping: Tapping = _NOTHING,
         allowed: np.ndarray | None = None,
-    ) -> tuple[KVCache, Sampled, dict[str, Any]]:
+    ) -> InTurns[tuple[KVCache, Sampled, dict[str, Any]]]:
         """Read `ids`, which stand at `start` and after, and draw the token that follows them.
 
         `top` asks for the `steps.TOP` likeliest tokens too. What `tapping` captures comes last. `allowed`, uint32
@@ -229,7 +233,7 @@ class Runtime:
         """
         tokens, where = self._padded(ids, cache.capacity - start), (_one(start), _one(len(ids)))
         operands = tapping.operands(cache.capacity, start, len(ids))
-        program = self._reader(tokens.shape[1], cache.capacity, top, tapping.spec, operands)
+        program = yield from until_there(self._reader(tokens.shape[1], cache.capacity, top, tapping.spec, operands))
         choice = settings, self._allowed(allowed)
         if self._drawer is self.device:
             return self._call(program, cache, tokens, *where, *choice, operands)
@@ -262,19 +266,20 @@ class Runtime:
         nobody knows yet what may follow it.
         """
         rows, count = len(tokens), self.at_once if allowed is None else 1
-        program = self._decoder(cache.capacity, top, spec, operands, rows)
+        program = self.decoder(cache.capacity, top, spec, operands, rows).result()
         choice = settings, self._allowed(allowed, rows)
         cache, sampled, captures = self._call(program, cache, tokens, start, np.int32(count), *choice, operands)
         return cache, jax.tree.map(lambda drawn: drawn[:count], jax.device_get(sampled)), captures
 
-    def _decoder(
+    def decoder(
         self,
         capacity: int,
         top: bool,
         spec: Spec = _NO_SPEC,
         operands: Operands = _NO_OPERANDS,
         rows: int = 1,
-    ) -> Program:
+    ) -> Future[Program]:
+        """What `decode` computes with."""
         static = {"spec": spec, "top": steps.TOP if top else 0, "steps": self.at_once}
         rest = np.int32(0), *self._choice(rows), operands
         return self._text_program(steps.decode, 1, capacity, *rest, rows=rows, **static)
@@ -300,7 +305,7 @@ class Runtime:
         return ready.done()
 
     def _prepare_batch(self, rows: int, capacity: int, top: bool, spec: Spec, operands: Operands) -> None:
-        self._decoder(capacity, top, spec, joined([operands] * rows), rows)
+        self.decoder(capacity, top, spec, joined([operands] * rows), rows).result()
         self._row_program(kv.put_row, rows, capacity, self._cache(capacity))
         self._row_program(kv.take_row, rows, capacity)
 
@@ -325,7 +330,7 @@ class Runtime:
         top: bool,
         spec: Spec = _NO_SPEC,
         operands: Operands = _NO_OPERANDS,
-    ) -> Program:
+    ) -> Future[Program]:
         if self._drawer is not self.device:
             return self._text_program(steps.read, size, capacity, _one(0), operands, spec=spec)
         rest = _one(0), *self._choice(1), operands
@@ -334,22 +339,26 @@ class Runtime:
 
     def score(
         self, cache: KVCache, ids: Sequence[int], start: int, targets: Sequence[int], tapping: Tapping = _NOTHING
-    ) -> tuple[KVCache, jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> InTurns[tuple[KVCache, jax.Array, tuple[jax.Array, jax.Array]]]:
         """Read `ids`; the log-probability of each of `targets` after the id at its index."""
         room = cache.capacity - start
         tokens = self._padded(ids, room)
         rest = _one(len(ids)), self._padded(targets, room), tapping.operands(cache.capacity, start, len(ids))
         static = {"spec": tapping.spec, "top": steps.TOP}
-        program = self._text_program(steps.score, tokens.shape[1], cache.capacity, *rest, **static)
+        program = yield from until_there(
+            self._text_program(steps.score, tokens.shape[1], cache.capacity, *rest, **static)
+        )
         return self._call(program, cache, tokens, _one(start), *rest)
 
     def pool(
         self, cache: KVCache, ids: Sequence[int], start: int, tapping: Tapping = _NOTHING
-    ) -> tuple[KVCache, jax.Array, jax.Array]:
+    ) -> InTurns[tuple[KVCache, jax.Array, jax.Array]]:
         """Read `ids`; the sum of their final hidden states, and the last of these."""
         tokens = self._padded(ids, cache.capacity - start)
         rest = _one(len(ids)), tapping.operands(cache.capacity, start, len(ids))
-        program = self._text_program(steps.pool, tokens.shape[1], cache.capacity, *rest, spec=tapping.spec)
+        program = yield from until_there(
+            self._text_program(steps.pool, tokens.shape[1], cache.capacity, *rest, spec=tapping.spec)
+        )
         return self._call(program, cache, tokens, _one(start), *rest)
 
     def trace(
@@ -360,19 +369,14 @@ class Runtime:
         count: np.ndarray,
         tapping: Tapping,
         logits: steps.Logits,
-    ) -> tuple[KVCache, jax.Array | None, dict[str, Any]]:
+    ) -> InTurns[tuple[KVCache, jax.Array | None, dict[str, Any]]]:
         """Read `tokens` `[b, t]`, of which `count` `[b]` count in each row, from `start` on."""
         operands = tapping.operands(cache.capacity, start, tokens.shape[1])
-        program = self._tracer(tokens.shape, cache.capacity, tapping.spec, operands, logits)
+        rest = np.zeros(len(tokens), np.int32), operands
+        how = {"rows": len(tokens), "spec": tapping.spec, "logits": logits}
+        program = yield from until_there(self._text_program(steps.trace, tokens.shape[1], cache.capacity, *rest, **how))
         rows = np.full(len(tokens), start, np.int32)
         return self._call(program, cache, tokens, rows, count, operands)
-
-    def _tracer(
-        self, shape: tuple[int, ...], capacity: int, spec: Spec, operands: Operands, logits: steps.Logits
-    ) -> Program:
-        rows, size = shape
-        rest = np.zeros(rows, np.int32), operands
-        return self._text_program(steps.trace, size, capacity, *rest, rows=rows, spec=spec, logits=logits)
 
     def traced(self, shape: tuple[int, int], capacity: int, tapping: Tapping, logits: steps.Logits) -> Any:
         """The shapes of what `trace` returns for `tokens` of this shape, without computing anything."""
@@ -414,17 +418,17 @@ class Runtime:
         rows, size = tokens.shape
         rest = count, (weights, tapping.operands(cache.capacity, start, size))
         program = self._text_program(readings.pattern_sums, size, cache.capacity, *rest, rows=rows, spec=tapping.spec)
-        return self._call(program, cache, tokens, np.full(rows, start, np.int32), *rest)
+        return self._call(program.result(), cache, tokens, np.full(rows, start, np.int32), *rest)
 
     def _text_program(
         self, function: Callable[..., Any], size: int, capacity: int, *rest: Any, rows: int = 1, **static: Any
-    ) -> Program:
+    ) -> Future[Program]:
         """`function` of the parameters, a cache, which it takes over, `size` tokens, their place, and `rest`: examples,
         or functions that make them, which are only called for a program that is not there yet."""
         taps = [(leaf.shape, leaf.dtype.char) for leaf in jax.tree.leaves(rest[-1])]
         sizes = rows, size, capacity, *taps
         arguments = partial(self._text_arguments, rows, size, capacity, *rest)
-        return self._program(function, sizes, arguments, donate=1, config=self.config, **static)
+        return self._soon(function, sizes, arguments, donate=1, config=self.config, **static)
 
     def _text_arguments(self, rows: int, size: int, capacity: int, *rest: Any) -> tuple[Any, ...]:
         tokens, start = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
@@ -449,7 +453,11 @@ class Runtime:
         layers: Any = [jax.ShapeDtypeStruct(shape, self.cache_dtype, sharding=where)] * config.n_layers
         return KVCache(layers, layers, jax.ShapeDtypeStruct((rows, capacity), jnp.int32))  # pyright: ignore[reportArgumentType]
 
-    def _program(
+    def _program(self, *what: Any, **how: Any) -> Program:
+        """As `_soon`, whoever waits for it."""
+        return self._soon(*what, **how).result()
+
+    def _soon(
         self,
         function: Callable[..., Any],
         sizes: tuple[Any, ...],
@@ -458,30 +466,38 @@ class Runtime:
         donate: int | None = None,
         device: Device | None = None,
         **static: Any,
-    ) -> Program:
-        """The program of `function`, compiled or loaded when first asked for, and only once.
+    ) -> Future[Program]:
+        """The program of `function`, compiled or loaded when first asked for, and only once; beside the device's thread
+        where others go on there meanwhile.
 
         `sizes` tells its arguments' shapes apart; `arguments` makes examples of them.
         """
         key = function, sizes, tuple(static.items())
         with self._compiling:
-            mine = key not in self._programs
-            program = self._programs.setdefault(key, Future())
-        if mine:
-            try:
-                spec = static.get("spec", _NO_SPEC)
-                # A trace reads whole prompts, and no answer's first token waits for it.
-                repack = function is steps.trace and not self.packed
-                how = {"device": device or self.device, "donate": donate, "keep": not spec.calls, "repack": repack}
-                how |= {"layout": self.layout}
-                program.set_result(load_or_compile(function, arguments(), **how, **static))
-                if spec:
-                    self._forget_all_but(_MOST_TAPPED, key)
-            except BaseException as error:
-                with self._compiling:
-                    del self._programs[key]  # the next call tries again
-                program.set_exception(error)
-        return program.result()
+            program = self._programs.get(key)
+            if program is not None:
+                return program
+            program = self._programs[key] = Future()
+        # A trace reads whole prompts, and no answer's first token waits for it.
+        repack = function is steps.trace and not self.packed
+        keep = not static.get("spec", _NO_SPEC).calls
+        how = {"device": device or self.device, "donate": donate, "keep": keep, "repack": repack, "layout": self.layout}
+        make = partial(self._make, key, program, lambda: load_or_compile(function, arguments(), **how, **static))
+        if DEVICE.here and DEVICE.crowded:
+            COMPILER.submit(make)
+        else:
+            make()
+        return program
+
+    def _make(self, key: tuple[Any, ...], program: Future[Program], compiled: Callable[[], Program]) -> None:
+        try:
+            program.set_result(compiled())
+            if dict(key[-1]).get("spec"):
+                self._forget_all_but(_MOST_TAPPED, key)
+        except BaseException as error:
+            with self._compiling:
+                del self._programs[key]  # the next call tries again
+            program.set_exception(error)
 
     def _forget_all_but(self, most: int, newest: tuple[Any, ...]) -> None:
         """Let go of the oldest programs that capture or edit: there is no end to what can be asked."""

@@ -199,7 +199,7 @@ def trace(
             part = ids[start : start + size]
             row[: len(part)] = part
         count = np.array([min(max(len(ids) - start, 0), size) for ids in rows], np.int32)
-        cache, found, captures = runtime.trace(cache, tokens, start, np.maximum(count, 1), tapping, logits)
+        cache, found, captures = yield from runtime.trace(cache, tokens, start, np.maximum(count, 1), tapping, logits)
         made.append(Call(start, count, size, captures, found))
         # Or all calls would be under way at once, and nobody could go on between them.
         jax.block_until_ready((cache.tokens, captures, found))

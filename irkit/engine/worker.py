@@ -123,6 +123,11 @@ class Worker:
         """Whether there is more to do than one answer."""
         return len(self._open) > 1
 
+    @property
+    def here(self) -> bool:
+        """Whether this is its thread."""
+        return threading.current_thread() is self._thread
+
     def _put(self, task: _Task) -> Future[Any]:
         with self._lock:
             self._open.add(task)
@@ -268,6 +273,16 @@ def until_done(future: Future[_Result], stopped: Callable[[], bool]) -> Generato
     return future.result()
 
 
+def until_there(future: Future[_Result]) -> Generator[None, None, _Result]:
+    """The result of `future`, for which others go on meanwhile."""
+    while not future.done():
+        wait([future], _PATIENCE)
+        yield None
+    return future.result()
+
+
 DEVICE = Worker()
 LOADER = Worker()
 """It reads weights, so that those who have theirs go on."""
+COMPILER = Worker()
+"""It compiles what one answer waits for while others go on."""

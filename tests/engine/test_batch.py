@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 import irkit
 from irkit import edits
+from irkit.engine.programs import load_or_compile
 from irkit.engine.runtime import BATCHES, Runtime
 from irkit.engine.tapping import tapping
 from irkit.engine.worker import DEVICE, MOST
@@ -246,6 +248,50 @@ def test_a_program_that_was_let_go_of_is_compiled_beside_what_goes_on_again(
     assert len(runtime._batched) <= held + 1
     for compiled in tuple(runtime._batched.values()):
         compiled.result()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda s: told(s.generate(PROMPTS[0], edits=[irkit.ablate("attn_out", layers=1)], **OPTIONS).wait()),
+        lambda s: s.trace(PROMPTS[0], names=["resid_post"])["resid_post"].tolist(),
+        lambda s: s.score(PROMPTS[0]).total,
+        lambda s: s.embed(PROMPTS[0]).tolist(),
+    ],
+    ids=["answer", "trace", "score", "embed"],
+)
+def test_while_a_program_is_compiled_for_one_the_others_go_on(
+    small: irkit.Session, ask: Callable[[irkit.Session], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, several = small.model.load().result(), small.pooled()
+    with small.hooks([], edits=[irkit.ablate("attn_out", layers=0)]):
+        alike = small.pooled()
+        expected = ask(alike)
+        for key in [key for key in runtime._programs if dict(key[-1]).get("spec")]:
+            del runtime._programs[key]
+        compiling, go = threading.Event(), threading.Event()
+
+        def held(*arguments: Any, **how: Any) -> Any:
+            if how.get("spec"):
+                compiling.set()
+                assert go.wait(60)
+            return load_or_compile(*arguments, **how)
+
+        def busy() -> Iterator[None]:
+            while not compiling.is_set():
+                yield None
+
+        monkeypatch.setattr("irkit.engine.runtime.load_or_compile", held)
+        other = DEVICE.answer(busy, threading.Event())
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(ask, alike)
+            assert compiling.wait(60)
+            other.result()
+            assert len(several.generate(PROMPTS[1], **OPTIONS).wait().tokens) == OPTIONS["num_predict"]
+            assert not found.done()
+            go.set()
+            assert found.result() == expected
+    idle(small)
 
 
 def test_an_answer_changed_by_a_function_has_its_own_way(small: irkit.Session, calls: list[tuple[str, int]]) -> None:
