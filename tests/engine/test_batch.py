@@ -16,7 +16,7 @@ from irkit import edits
 from irkit.engine.programs import load_or_compile
 from irkit.engine.runtime import BATCHES, Runtime
 from irkit.engine.tapping import tapping
-from irkit.engine.worker import DEVICE, MOST
+from irkit.engine.worker import DEVICE, MOST, Steps
 from irkit.kernels.cpu import library
 from irkit.results import Generation
 from irkit.transformer.taps import Operands, Spec
@@ -277,7 +277,7 @@ def test_while_a_program_is_compiled_for_one_the_others_go_on(
                 assert go.wait(60)
             return load_or_compile(*arguments, **how)
 
-        def busy() -> Iterator[None]:
+        def busy() -> Steps:
             while not compiling.is_set():
                 yield None
 
