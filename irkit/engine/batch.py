@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from irkit.engine.runtime import BATCHES
 from irkit.engine.tapping import joined
 from irkit.transformer.sampling import everything
 from irkit.transformer.taps import POINTS, Operands, split
@@ -70,7 +69,7 @@ class Decode:
         if len(steps) > 1:
             top = any(step.top for step in steps)
             how = top, self.tapping.spec, self.operands
-            sizes = [size for size in BATCHES if self.runtime.can_batch(size, self.capacity, *how)]
+            sizes = [size for size in self.runtime.batch_sizes if self.runtime.can_batch(size, self.capacity, *how)]
             for batch in _arranged(self, [step.cache for step in steps], sizes):
                 made |= batch.decode([step for step in steps if step.cache.batch is batch], top)
         return [made.get(step.cache) or alone(step) for step in steps]

@@ -105,6 +105,8 @@ class Runtime:
             shapes = self.layout.parameters(shapes)
         joined = jax.ShapeDtypeStruct((weights.total(plans, packed=True),), jnp.uint8)
         self._shapes = cpu.Joined(joined, shapes) if self.packed else shapes
+        # On a CPU XLA takes seven times as long for a few rows as for one, unless it keeps a copy of all weights.
+        self.batch_sizes = BATCHES if self.packed or selected.name != "cpu" else ()
         self._small = self.packed and weights.total(plans) <= _SMALL_BYTES
         # One thread, in the order of need: two would make the first program wait for the second.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="irkit-compile")
@@ -156,8 +158,9 @@ class Runtime:
 
     @property
     def at_once(self) -> int:
-        """How many tokens `decode` draws; 0 where it is not to be used."""
-        return (AT_ONCE if self._small else 1) if self.packed and self._drawer is self.device else 0
+        """How many tokens `decode` draws; 0 where it is not to be used: processes on several machines must all make the
+        same calls, and what a call computes for depends on who asks when."""
+        return 0 if self.layout else AT_ONCE if self._small and self._drawer is self.device else 1
 
     def settings(self, options: SamplingOptions, seed: int) -> Settings:
         """Sampling settings, on the device that draws."""
@@ -238,15 +241,21 @@ class Runtime:
         if self._drawer is self.device:
             return self._call(program, cache, tokens, *where, *choice, operands)
         cache, logits, captures = self._call(program, cache, tokens, *where, operands)
-        seen = jax.device_put((logits, cache.tokens), self._drawer)
-        draw = self._program(
-            sampling.sample,
-            (cache.capacity,),
-            lambda: (*seen, _one(0), *choice),
-            device=self._drawer,
-            top=steps.TOP if top else 0,
-        )
-        return cache, draw(*seen, _one(start + len(ids)), *choice), captures
+        return cache, self._draw(cache, logits, _one(start + len(ids)), *choice, top), captures
+
+    def _draw(
+        self,
+        cache: KVCache,
+        logits: jax.Array,
+        length: np.ndarray,
+        settings: Settings,
+        allowed: np.ndarray | jax.Array,
+        top: bool,
+    ) -> Sampled:
+        """A token for each row, drawn on another device than the model's."""
+        seen = *jax.device_put((logits, cache.tokens), self._drawer), length, settings, allowed
+        how = {"device": self._drawer, "top": steps.TOP if top else 0}
+        return self._program(sampling.sample, cache.tokens.shape, lambda: seen, **how)(*seen)
 
     def decode(
         self,
@@ -268,7 +277,12 @@ class Runtime:
         rows, count = len(tokens), self.at_once if allowed is None else 1
         program = self.decoder(cache.capacity, top, spec, operands, rows).result()
         choice = settings, self._allowed(allowed, rows)
-        cache, sampled, captures = self._call(program, cache, tokens, start, np.int32(count), *choice, operands)
+        if self._drawer is self.device:
+            cache, sampled, captures = self._call(program, cache, tokens, start, np.int32(count), *choice, operands)
+        else:
+            cache, logits, captures = self._call(program, cache, tokens, start, np.ones_like(start), operands)
+            sampled = self._draw(cache, logits, start + 1, *choice, top)
+            sampled, captures = jax.tree.map(lambda each: each[None], (sampled, captures))
         return cache, jax.tree.map(lambda drawn: drawn[:count], jax.device_get(sampled)), captures
 
     def decoder(
@@ -280,6 +294,9 @@ class Runtime:
         rows: int = 1,
     ) -> Future[Program]:
         """What `decode` computes with."""
+        if self._drawer is not self.device:
+            rest = np.zeros(rows, np.int32), operands
+            return self._text_program(steps.read, 1, capacity, *rest, rows=rows, spec=spec)
         static = {"spec": spec, "top": steps.TOP if top else 0, "steps": self.at_once}
         rest = np.int32(0), *self._choice(rows), operands
         return self._text_program(steps.decode, 1, capacity, *rest, rows=rows, **static)

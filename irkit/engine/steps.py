@@ -93,6 +93,10 @@ def decode(
         rest = {"config": config, "spec": spec, "top": top}
         return read_and_sample(params, cache, tokens, start, one, settings, allowed, operands, **rest)
 
+    if steps == 1:
+        cache, *new = step(cache, tokens, start)
+        return cache, *jax.tree.map(lambda one: one[None], new)
+
     def go_on(index: Array, state: tuple[KVCache, Array, Array, Any]) -> tuple[KVCache, Array, Array, Any]:
         cache, tokens, start, made = state
         cache, *new = step(cache, tokens, start)

@@ -191,6 +191,10 @@ def test_the_programs_around_it_keep_the_contract() -> None:
     assert violations(lower(partial(steps.pool, **fixed), *shared, ints(1), nothing)) == []
     assert violations(lower(partial(steps.score, top=5, **fixed), *shared, ints(1), ints(1, 16), nothing)) == []
     assert violations(lower(partial(kv.grow, capacity=64), cache)) == []
+    rows = kv.empty(CONFIG, 4, 32, jnp.dtype(jnp.float32))
+    assert violations(lower(partial(steps.read, **fixed), params, rows, ints(4, 1), ints(4), ints(4), nothing)) == []
+    assert violations(lower(kv.put_row, rows, ints(), cache)) == []
+    assert violations(lower(kv.take_row, rows, ints())) == []
     empty = partial(kv.empty, CONFIG, 1, 32, jnp.dtype(jnp.float32))
     assert violations(lower(empty)) == []
 
