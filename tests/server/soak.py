@@ -4,7 +4,8 @@ Eight clients ask at random: streams and not, long prompts and short ones, many 
 From time to time they rest: then every slot is to be free, and the model is let go of. Memory is looked at before,
 where it follows the lengths of the prompts that are held, and after, where what is left shows what leaks. At the end
 it says whether both stayed flat, every slot is free, no request failed that should not, and an answer is the same as
-at the beginning; the exit code is 1 if not.
+at the beginning; the exit code is 1 if not. The machine should do nothing else: what is held under load follows how
+much of it the server gets.
 """
 
 import argparse
