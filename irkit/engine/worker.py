@@ -274,10 +274,8 @@ def until_done(future: Future[_Result], stopped: Callable[[], bool]) -> Generato
 
 
 def until_there(future: Future[_Result]) -> Generator[None, None, _Result]:
-    """The result of `future`, for which others go on meanwhile."""
-    while not future.done():
-        wait([future], _PATIENCE)
-        yield None
+    """The result of `future`, for which others go on meanwhile, whoever waits for it."""
+    yield from until_done(future, lambda: False)
     return future.result()
 
 
