@@ -253,9 +253,17 @@ class Runtime:
         top: bool,
     ) -> Sampled:
         """A token for each row, drawn on another device than the model's."""
-        seen = *jax.device_put((logits, cache.tokens), self._drawer), length, settings, allowed
+        seen = jax.device_put((logits, cache.tokens), self._drawer)
+        return self._sampler(len(length), cache.capacity, top)(*seen, length, settings, allowed)
+
+    def _sampler(self, rows: int, capacity: int, top: bool) -> Program:
+        def examples() -> tuple[Any, ...]:
+            logits = jax.ShapeDtypeStruct((rows, self.config.d_vocab), jnp.float32)
+            history, length = np.zeros((rows, capacity), np.int32), np.zeros(rows, np.int32)
+            return logits, history, length, *(each() for each in self._choice(rows))
+
         how = {"device": self._drawer, "top": steps.TOP if top else 0}
-        return self._program(sampling.sample, cache.tokens.shape, lambda: seen, **how)(*seen)
+        return self._program(sampling.sample, (rows, capacity), examples, **how)
 
     def decode(
         self,
@@ -323,6 +331,8 @@ class Runtime:
 
     def _prepare_batch(self, rows: int, capacity: int, top: bool, spec: Spec, operands: Operands) -> None:
         self.decoder(capacity, top, spec, joined([operands] * rows), rows).result()
+        if self._drawer is not self.device:
+            self._sampler(rows, capacity, top)
         self._row_program(kv.put_row, rows, capacity, self._cache(capacity))
         self._row_program(kv.take_row, rows, capacity)
 
